@@ -1,0 +1,327 @@
+"""The configuration: one typed tree, strict, checked whole before anything starts.
+
+Reading a file into this tree, with overrides and one-line errors, is :mod:`elle_mp.config_file`'s work.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Family = Literal["bert", "gpt", "llama"]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, validate_default=True)
+
+
+class RunConfig(Section):
+    """Where the run lives, and the seed that all of its randomness comes from."""
+
+    dir: str = "runs/default"
+    """The run directory."""
+    seed: NonNegative = 1
+    """Initial weights, growth noise, sample order, MLM masks and dropout depend on it and on nothing else."""
+
+
+class ModelConfig(Section):
+    """The model before its first growth. Width is ``heads * head_dim``."""
+
+    family: Family = "gpt"
+    """``bert`` (post-LN, MLM), ``gpt`` (pre-LN) or ``llama`` (RMSNorm, RoPE, SwiGLU, GQA)."""
+    layers: Positive = 4
+    heads: Positive = 4
+    """Query heads."""
+    head_dim: Positive = 32
+    """Channels of a head; even for ``llama`` (RoPE turns pairs)."""
+    kv_groups: Positive | None = None
+    """Key/value heads (``llama``); all query heads when not given."""
+    mlp_ratio: Annotated[float, Field(gt=0)] | None = None
+    """Inner width of the MLP over the model's width; 4, or 8/3 for ``llama``. Rounded up to a multiple of 8."""
+    mlp: Positive | None = None
+    """Inner width of the MLP, instead of ``mlp_ratio``."""
+    seq_len: Positive = 128
+    """Positions, the prompt's included."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """After the embeddings and each sub-layer."""
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """On the attention weights; as ``dropout`` when not given."""
+    tied: bool | None = None
+    """One table for input and output; true for ``bert`` and ``gpt``, false for ``llama`` when not given."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the variance in LayerNorm and RMSNorm."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary frequencies (``llama``)."""
+    vocab_multiple: Positive = 128
+    """The table is padded to a multiple of this, whatever the layout."""
+
+    @property
+    def embed(self) -> int:
+        """Width of the residual stream."""
+        return self.heads * self.head_dim
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads."""
+        return self.kv_groups or self.heads
+
+    @property
+    def mlp_size(self) -> int:
+        """Inner width of the MLP."""
+        ratio = self.mlp_ratio or (8 / 3 if self.family == "llama" else 4.0)
+        return self.mlp or ceil(ratio * self.embed / 8 - 1e-9) * 8
+
+    @model_validator(mode="after")
+    def _divides(self) -> ModelConfig:
+        if self.kv_groups is not None:
+            if self.family != "llama":
+                raise ValueError(f"kv_groups is for the llama family; {self.family} has a key for every head")
+            if self.heads % self.kv_groups:
+                near = nearest_divisors(self.heads, self.kv_groups)
+                raise ValueError(f"kv_groups={self.kv_groups} does not divide heads={self.heads}; {near} would")
+        if self.family == "llama" and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd and RoPE turns pairs; {self.head_dim + 1} would do")
+        if self.family == "bert" and self.tied is False:
+            raise ValueError("tied=false: the MLM head of bert is tied to its embedding; leave it out")
+        if self.mlp is not None and self.mlp_ratio is not None:
+            raise ValueError("mlp and mlp_ratio are both given; give one of them")
+        return self
+
+
+class TokenizerConfig(Section):
+    """The tokenizer; trained on the first domain when there is no path."""
+
+    kind: Literal["sentencepiece"] = "sentencepiece"
+    path: str | None = None
+    """A folder with ``tokenizer.model``, or the file."""
+    vocab_size: Annotated[int, Field(ge=300)] = 4096
+    """Pieces of a trained tokenizer (byte pieces included)."""
+    model_type: Literal["unigram", "bpe"] = "unigram"
+
+
+class PromptsConfig(Section):
+    """The soft prompt in front of every sequence: its own domain's rows."""
+
+    tokens: NonNegative = 1
+    """Rows per domain; 0 for none."""
+
+
+class MemoryConfig(Section):
+    """What is kept of each finished domain, and how much of every batch it takes."""
+
+    tokens: Positive = 200_000
+    """Text tokens kept of each domain's training text."""
+    replay: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of every global batch that comes from the memories of earlier domains."""
+
+
+class GrowthConfig(Section):
+    """How the model grows between domains (growth.md)."""
+
+    width: Literal["auto", "replicate", "weighted", "iso", "elle"] = "auto"
+    """The map of the residual axis. ``auto`` takes what is exact for the family and the sizes; ``elle`` is the
+    paper's recipe (random maps and copy noise) and is not exact."""
+    depth: Literal["auto", "zero_out", "gate", "elle"] = "auto"
+    """How layers are inserted. ``auto``: ``zero_out`` for pre-norm, ``gate`` for post-LN; ``elle`` duplicates."""
+    moments: Literal["auto", "scaled", "reset"] = "auto"
+    """Adam's moments: mapped with the weights, or dropped. ``auto``: reset for ``elle``, scaled otherwise."""
+    noise_db: Annotated[float, Field(ge=-20, le=120)] | None = 20.0
+    """Signal-to-noise ratio of the zero-sum noise that separates copies; ``null`` for none."""
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """What is decayed: matrices and tables, or also biases and norms (fairseq, and so the paper)."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 for no clipping."""
+    schedule: Literal["linear", "cosine", "inverse_sqrt", "wsd", "constant"] = "linear"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.08
+    """Share of the steps over which the rate rises from 0."""
+    decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """``wsd``: the last share of the steps, over which the rate falls."""
+    min_lr: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The lowest rate, as a share of the peak (``linear``, ``cosine``, ``wsd``)."""
+    restart: Literal["phase", "never"] = "phase"
+    """Whether the schedule starts anew in each phase, or runs once over the whole stream."""
+
+    @model_validator(mode="after")
+    def _sane(self) -> OptimConfig:
+        for index, beta in enumerate(self.betas):
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas[{index}]={beta} is not in [0, 1)")
+        if self.schedule == "inverse_sqrt" and self.warmup == 0:
+            raise ValueError("schedule inverse_sqrt needs warmup above 0: the rate falls from the end of it")
+        return self
+
+
+class BatchConfig(Section):
+    """Sequences per step."""
+
+    global_: Positive = Field(64, alias="global")
+    """Over all ranks."""
+    micro: Positive = 16
+    """Per rank at a time; gradients accumulate over the rest."""
+
+
+class ParallelConfig(Section):
+    """The layout: how the ranks share the model and the batch."""
+
+    tp: Positive = 1
+    """Tensor parallel ranks."""
+    pp: Literal[1] = 1
+    """Pipeline stages: one, in this version."""
+    dp_shard: Positive = 1
+    """Ranks that share the parameters (FSDP2)."""
+    dp_replicate: Positive | Literal["auto"] = "auto"
+    """Replicas; ``auto`` takes the ranks that are left."""
+    sequence_parallel: Literal[False] = False
+    schedule: Literal["1f1b"] = "1f1b"
+    engine: Literal["fsdp"] = "fsdp"
+    reshard_after_forward: bool = True
+    """Free gathered parameters between forward and backward (saves memory, gathers twice)."""
+
+
+class CheckpointConfig(Section):
+    """When the run is saved."""
+
+    every: Positive = 200
+    """Steps between checkpoints; phases end with one too."""
+    keep: Positive = 2
+    """How many of them stay; those at the end of a stage always do."""
+
+
+class EvalConfig(Section):
+    """Perplexity on the valid text of every seen domain."""
+
+    every: NonNegative = 200
+    """Steps between evaluations while training; 0 for only at the end of phases."""
+    batches: Positive = 20
+    """Batches of each domain, of ``batch.micro`` sequences."""
+
+
+class LogConfig(Section):
+    """What is written while training."""
+
+    every: Positive = 10
+    """Steps between lines of ``metrics.jsonl``."""
+    tensorboard: bool = True
+
+
+class GrowConfig(Section):
+    """New sizes of a stage; what is left out stays (the MLP follows the width by its ratio)."""
+
+    layers: Positive | None = None
+    heads: Positive | None = None
+    kv_groups: Positive | None = None
+    mlp: Positive | None = None
+
+
+class RecoverConfig(Section):
+    """Training on the memories of all earlier domains, right after growth."""
+
+    steps: NonNegative = 0
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak rate of the phase; the stage's when not given."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] | None = None
+    schedule_steps: Positive | None = None
+    """Length of the schedule when longer than the phase (the paper cuts its schedule short)."""
+
+
+class StageConfig(Section):
+    """One domain of the stream."""
+
+    domain: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$")]
+    data: Annotated[str, Field(min_length=1)]
+    """``.jsonl``, ``.txt``, a folder with ``train``/``valid``, a ``.bin/.idx`` prefix, or ``builtin:NAME``."""
+    steps: Positive
+    grow: GrowConfig | None = None
+    recover: RecoverConfig = RecoverConfig()
+    parallel: dict[str, Any] = {}
+    """Overrides of ``parallel`` for this stage."""
+    batch: dict[str, Any] = {}
+    """Overrides of ``batch`` for this stage."""
+    optim: dict[str, Any] = {}
+    """Overrides of ``optim`` for this stage."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    memory: MemoryConfig = MemoryConfig()
+    growth: GrowthConfig = GrowthConfig()
+    optim: OptimConfig = OptimConfig()
+    batch: BatchConfig = BatchConfig()
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"
+    """Of the computation; masters are fp32 (fp64 in fp64 runs)."""
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    stream: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+
+    def stage_model(self, stage: int) -> ModelConfig:
+        """The model's sizes in stage ``stage``, all growths up to it applied."""
+        model = self.model
+        for item in self.stream[: stage + 1]:
+            if item.grow is not None:
+                model = grown(model, item.grow)
+        return model
+
+    def stage_parallel(self, stage: int) -> ParallelConfig:
+        """The layout of a stage, its overrides applied."""
+        return ParallelConfig.model_validate(self.parallel.model_dump() | self.stream[stage].parallel)
+
+    def stage_batch(self, stage: int) -> BatchConfig:
+        """The batch of a stage, its overrides applied."""
+        return BatchConfig.model_validate(self.batch.model_dump(by_alias=True) | self.stream[stage].batch)
+
+    def stage_optim(self, stage: int) -> OptimConfig:
+        """The optimizer of a stage, its overrides applied."""
+        return OptimConfig.model_validate(self.optim.model_dump() | self.stream[stage].optim)
+
+    @property
+    def text_length(self) -> int:
+        """Text positions of a sequence: what the prompt leaves of ``model.seq_len``."""
+        return self.model.seq_len - self.prompts.tokens
+
+
+def grown(model: ModelConfig, grow: GrowConfig) -> ModelConfig:
+    """The sizes after one growth; pydantic checks them as it checked the first ones."""
+    update = {key: value for key, value in grow.model_dump().items() if value is not None}
+    fields = model.model_dump()
+    if "mlp" in update:
+        fields["mlp_ratio"] = None
+    return ModelConfig.model_validate(fields | update)
+
+
+def nearest_divisors(total: int, wanted: int) -> str:
+    """The divisors of ``total`` next to ``wanted``, for a message: ``"4 or 8"``."""
+    divisors = [value for value in range(1, total + 1) if total % value == 0]
+    below = [value for value in divisors if value < wanted][-1:]
+    above = [value for value in divisors if value > wanted][:1]
+    return " or ".join(str(value) for value in below + above)
+
+
+def nearest_multiples(step: int, wanted: int) -> str:
+    """The positive multiples of ``step`` next to ``wanted``, for a message: ``"6 or 8"``."""
+    below = wanted // step * step
+    values = [below] * (below > 0) + [below + step]
+    return " or ".join(str(value) for value in values)

@@ -1,0 +1,266 @@
+"""Reads a configuration file with dotted overrides into :class:`elle_mp.config.Config`, or says in one line why not."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from elle_mp.config import Config, ParallelConfig, grown, nearest_divisors, nearest_multiples
+from elle_mp.errors import UserError, existing_file
+
+Location = tuple[Any, ...]
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in ``path`` with ``key=value`` overrides applied, checked whole.
+
+    Raises:
+        UserError: the file or an override is wrong; the message says the file, the line or the key.
+    """
+    text = existing_file(path, "configuration").read_text(encoding="utf-8")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: the configuration is empty; see configs/ for examples")
+    lines: dict[Location, int] = {}
+    if node is not None:
+        _lines(node, (), lines, path)
+    overridden: dict[Location, str] = {}
+    for item in overrides:
+        _override(tree, item, overridden)
+
+    def where(location: Location) -> str:
+        for end in range(len(location), 0, -1):
+            if location[:end] in overridden:
+                return f"override {overridden[location[:end]]}"
+            if location[:end] in lines:
+                return f"{path}:{lines[location[:end]]}"
+        return str(path)
+
+    return _validated(tree, where)
+
+
+def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
+    """The configuration given as a plain tree (a saved ``config.yaml``, a test), checked whole."""
+    return _validated(tree, lambda location: source)
+
+
+def _validated(tree: dict[str, Any], where: typing.Callable[[Location], str]) -> Config:
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_first_error(error, (), where)) from None
+    _check_stages(config, where)
+    return config
+
+
+def _lines(node: yaml.Node, location: Location, lines: dict[Location, int], path: Path) -> None:
+    """Line of every key, and an error for a key given twice (YAML would keep the last one silently)."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise UserError(f"{path}:{key.start_mark.line + 1}: key {key.value!r} is given twice")
+            seen.add(key.value)
+            lines[(*location, key.value)] = key.start_mark.line + 1
+            _lines(value, (*location, key.value), lines, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*location, index)] = value.start_mark.line + 1
+            _lines(value, (*location, index), lines, path)
+
+
+def _override(tree: dict[str, Any], item: str, overridden: dict[Location, str]) -> None:
+    key, equals, raw = item.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {item!r}: give it as key=value, for example optim.lr=5e-4")
+    try:
+        value = yaml.safe_load(raw) if raw else ""
+    except yaml.YAMLError:
+        raise UserError(f"override {item!r}: the value is not YAML") from None
+    location: list[Any] = []
+    target: Any = tree
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(target, list):
+            if not part.isdigit() or int(part) >= len(target):
+                raise UserError(f"override {item}: {'.'.join(parts[:depth])} has entries 0 to {len(target) - 1}")
+            index: Any = int(part)
+        elif isinstance(target, dict):
+            index = part
+            if not last and not isinstance(target.get(part), dict | list):
+                target[part] = {}
+        else:
+            raise UserError(f"override {item}: {'.'.join(parts[:depth])} has no parts")
+        location.append(index)
+        if last:
+            target[index] = value
+        else:
+            target = target[index]
+    overridden[tuple(location)] = item
+
+
+def _first_error(error: ValidationError, prefix: Location, where: typing.Callable[[Location], str]) -> str:
+    first = error.errors(include_url=False)[0]
+    location = prefix + tuple(part for part in first["loc"] if not _is_union_tag(part))
+    dotted = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), known := _known_keys(location[:-1]), 1, 0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{where(location)}: {dotted}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{where(location[:-1])}: {dotted} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] != "value_error":
+        message = f"{message[0].lower()}{message[1:]}, not {first['input']!r}"
+    return f"{where(location)}: {dotted}: {message}"
+
+
+def _is_union_tag(part: Any) -> bool:
+    return isinstance(part, str) and (part.startswith(("constrained-", "literal[")) or part in ("int", "float"))
+
+
+def _known_keys(location: Location) -> list[str]:
+    """The keys that the section at ``location`` knows."""
+    section: Any = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if part in ("parallel", "batch", "optim") and section is not Config:
+            section = Config.model_fields[part].annotation
+            continue
+        section = _section_of(section.model_fields[part].annotation)
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _section_of(annotation: Any) -> type[BaseModel]:
+    """The section class inside an annotation such as ``tuple[StageConfig, ...]`` or ``GrowConfig | None``."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            return annotation
+    for inner in typing.get_args(annotation):
+        if inner is not Ellipsis and inner is not type(None):
+            return _section_of(inner)
+    raise TypeError(f"no section in {annotation}")
+
+
+def _check_stages(config: Config, where: typing.Callable[[Location], str]) -> None:
+    """What no single field can know: stages that shrink, domains named twice, overrides of a stage."""
+    if config.text_length < 2:
+        raise UserError(
+            f"{where(('prompts', 'tokens'))}: prompts.tokens={config.prompts.tokens} leaves {config.text_length} text "
+            f"positions of model.seq_len={config.model.seq_len}; at most {config.model.seq_len - 2} would do"
+        )
+    seen: dict[str, int] = {}
+    model = config.model
+    for index, stage in enumerate(config.stream):
+        place: Location = ("stream", index)
+        if stage.domain in seen:
+            raise UserError(
+                f"{where((*place, 'domain'))}: domain {stage.domain!r} is named twice (stages {seen[stage.domain]} and "
+                f"{index}); give each stage its own name"
+            )
+        seen[stage.domain] = index
+        for part in ("parallel", "batch", "optim"):
+            try:
+                getattr(config, f"stage_{part}")(index)
+            except ValidationError as error:
+                raise UserError(_first_error(error, (*place, part), where)) from None
+        if stage.grow is not None:
+            model = _checked_growth(model, stage.grow, where, (*place, "grow"))
+    if config.stream[0].recover.steps:
+        raise UserError(f"{where(('stream', 0, 'recover'))}: stream.0.recover: the first domain has no memory to recover on")
+
+
+def _checked_growth(model: Any, grow: Any, where: typing.Callable[[Location], str], place: Location) -> Any:
+    dotted = ".".join(str(part) for part in place)
+    try:
+        new = grown(model, grow)
+    except ValidationError as error:
+        raise UserError(f"{where(place)}: {dotted}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+    for name, before, after in (
+        ("layers", model.layers, new.layers),
+        ("heads", model.heads, new.heads),
+        ("kv_groups", model.groups, new.groups),
+        ("mlp", model.mlp_size, new.mlp_size),
+    ):
+        if after < before:
+            raise UserError(
+                f"{where((*place, name))}: {dotted}.{name}={after} is smaller than {before}, what the stage before has; "
+                f"a model only grows: {before} or more"
+            )
+    if new.heads // new.groups < model.heads // model.groups:
+        raise UserError(
+            f"{where(place)}: {dotted}: {new.heads} heads over {new.groups} kv_groups are {new.heads // new.groups} a group, "
+            f"fewer than {model.heads // model.groups} before; heads={model.heads // model.groups * new.groups} would do"
+        )
+    return new
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Checks every stage's layout, batch and sizes against the number of ranks.
+
+    Raises:
+        UserError: something does not divide; the message says which value would.
+    """
+    for index, stage in enumerate(config.stream):
+        layout = config.stage_parallel(index)
+        prefix = f"stream.{index}.parallel" if stage.parallel else "parallel"
+        replicas = data_parallel_replicas(layout, world_size, prefix)
+        _check_sizes(config, index, layout, prefix)
+        batch = config.stage_batch(index)
+        ranks = replicas * layout.dp_shard
+        if batch.global_ % ranks:
+            raise UserError(
+                f"batch.global={batch.global_} does not divide over {ranks} data-parallel ranks; "
+                f"{nearest_multiples(ranks, batch.global_)} would"
+            )
+        local = batch.global_ // ranks
+        if batch.micro < local and local % batch.micro:
+            raise UserError(
+                f"batch.micro={batch.micro} does not divide the {local} sequences of a rank; "
+                f"{nearest_divisors(local, batch.micro)} would"
+            )
+
+
+def data_parallel_replicas(layout: ParallelConfig, world_size: int, prefix: str = "parallel") -> int:
+    """``dp_replicate`` of a layout over ``world_size`` ranks, ``auto`` resolved."""
+    used = layout.tp * layout.dp_shard
+    if layout.dp_replicate == "auto":
+        if world_size % used:
+            raise UserError(
+                f"{prefix}: tp={layout.tp} x dp_shard={layout.dp_shard} = {used} ranks do not divide the {world_size} that "
+                f"run; start {nearest_multiples(used, world_size)} (torchrun --nproc-per-node)"
+            )
+        return world_size // used
+    if used * layout.dp_replicate != world_size:
+        raise UserError(
+            f"{prefix}: tp={layout.tp} x dp_shard={layout.dp_shard} x dp_replicate={layout.dp_replicate} = "
+            f"{used * layout.dp_replicate} ranks, but {world_size} run; start {used * layout.dp_replicate}, "
+            "or set dp_replicate=auto"
+        )
+    return layout.dp_replicate
+
+
+def _check_sizes(config: Config, index: int, layout: ParallelConfig, prefix: str) -> None:
+    model = config.stage_model(index)
+    name = "kv_groups" if model.kv_groups else "heads"
+    for what, size in ((name, model.groups), ("mlp", model.mlp_size), ("vocab_multiple", model.vocab_multiple)):
+        if size % layout.tp:
+            raise UserError(
+                f"{prefix}.tp={layout.tp} does not divide {what}={size} of stage {index} ({config.stream[index].domain}); "
+                f"{what}={nearest_multiples(layout.tp, size)} or tp={nearest_divisors(size, layout.tp)} would do"
+            )
