@@ -1,0 +1,162 @@
+"""The parts of a block: norm, attention, MLP. One class each for every family; the spec says which variant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elle_mp.axes import Axis, Dim, ParamSpec, Role
+from elle_mp.models.spec import ModelSpec
+from elle_mp.ops.attention import attention
+from elle_mp.ops.dropout import DropoutKey
+from elle_mp.ops.norms import layer_norm, rms_norm
+from elle_mp.parallel.collectives import copy_to_tp, reduce_from_tp
+from elle_mp.parallel.mesh import Grid
+from elle_mp.parallel.sharding import ShardedModule
+
+INIT_STD = 0.02
+"""Standard deviation of initial weights (BERT, GPT-2 and Llama alike)."""
+
+QKV_OUT = (Axis.KV_GROUPS, Axis.SLOT, Axis.HEAD_DIM)
+HEADS_IN = (Axis.KV_GROUPS, Axis.QUERIES, Axis.HEAD_DIM)
+MLP_GATED = (Axis.MLP, Axis.GATE)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What every layer of one forward pass shares.
+
+    Attributes:
+        norm_stats: weights ``[D]`` of the norms' statistics, or ``None`` for uniform ones.
+        rotary: cosine and sine ``[S, head_dim / 2]``, or ``None``.
+        dropout: the key of this pass's dropout masks, or ``None`` for no dropout.
+    """
+
+    norm_stats: Tensor | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    dropout: DropoutKey | None = None
+
+    def site(self, number: int) -> DropoutKey | None:
+        """The key of one place in the model where dropout acts."""
+        return None if self.dropout is None else self.dropout.site(number)
+
+
+def matrix(write: tuple[Axis, ...], read: tuple[Axis, ...], std: float = INIT_STD) -> ParamSpec:
+    """The declaration of a linear layer's weight."""
+    return ParamSpec((Dim(write, Role.WRITE), Dim(read, Role.READ)), std=std)
+
+
+def bias(write: tuple[Axis, ...]) -> ParamSpec:
+    """The declaration of a linear layer's bias."""
+    return ParamSpec((Dim(write, Role.WRITE),), decay=False)
+
+
+class Norm(ShardedModule):
+    """LayerNorm or RMSNorm over the residual stream. ``in_front_of_table``: the next reader is the tied table."""
+
+    def __init__(self, grid: Grid, spec: ModelSpec, dtype: torch.dtype, in_front_of_table: bool = False) -> None:
+        super().__init__(grid, spec.axes, dtype)
+        self.eps = spec.norm_eps
+        self.rms = spec.rms_norm
+        gain = Role.HEAD_GAIN if in_front_of_table else Role.GAIN
+        self.declare("weight", ParamSpec((Dim((Axis.EMBED,), gain),), value=1.0, decay=False))
+        if not self.rms:
+            shift = Role.HEAD_BIAS if in_front_of_table else Role.BIAS
+            self.declare("bias", ParamSpec((Dim((Axis.EMBED,), shift),), decay=False))
+
+    def forward(self, x: Tensor, shared: Pass) -> Tensor:
+        """Normalises ``x [..., D]``."""
+        if self.rms:
+            return rms_norm(x, self.local("weight"), self.eps)
+        return layer_norm(x, self.local("weight"), self.local("bias"), self.eps, shared.norm_stats)
+
+
+class Attention(ShardedModule):
+    """Grouped-query self-attention; query heads, keys and values of a group lie together and are cut together."""
+
+    def __init__(self, grid: Grid, spec: ModelSpec, dtype: torch.dtype, site: int) -> None:
+        super().__init__(grid, spec.axes, dtype)
+        self.spec = spec
+        self.site = site
+        self.declare("qkv_weight", matrix(QKV_OUT, (Axis.EMBED,)))
+        self.declare("out_weight", matrix((Axis.EMBED,), HEADS_IN, std=INIT_STD / (2 * spec.layers) ** 0.5))
+        if spec.biases:
+            self.declare("qkv_bias", bias(QKV_OUT))
+            self.declare("out_bias", bias((Axis.EMBED,)))
+
+    def forward(self, x: Tensor, shared: Pass) -> Tensor:
+        """Maps ``x [B, S, D]`` to ``[B, S, D]``; the output is not yet dropped out nor added."""
+        spec = self.spec
+        batch, length, _ = x.shape
+        groups = spec.kv_groups // self.grid.tp_size
+        inputs = copy_to_tp(x, self.tp_group)
+        qkv = F.linear(inputs, self.local("qkv_weight"), self.local("qkv_bias") if spec.biases else None)
+        qkv = qkv.view(batch, length, groups, spec.queries + 2, spec.head_dim)
+        if spec.queries == 1:
+            q = qkv[:, :, :, 0]
+        else:
+            q = qkv[:, :, :, : spec.queries].reshape(batch, length, groups * spec.queries, spec.head_dim)
+        k, v = qkv[:, :, :, spec.queries], qkv[:, :, :, spec.queries + 1]
+        if shared.rotary is not None:
+            q, k = rotate(q, *shared.rotary), rotate(k, *shared.rotary)
+        dropout = spec.attention_dropout if shared.dropout is not None else 0.0
+        heads = groups * spec.queries
+        mixed = attention(
+            q,
+            k,
+            v,
+            causal=spec.causal,
+            dropout=dropout,
+            key=shared.site(self.site),
+            first_head=self.grid.tp_rank * heads,
+            heads=spec.heads,
+        )
+        out = F.linear(mixed.reshape(batch, length, heads * spec.head_dim), self.local("out_weight"))
+        out = reduce_from_tp(out, self.tp_group)
+        return out + self.local("out_bias") if spec.biases else out
+
+
+class Mlp(ShardedModule):
+    """GELU (``gpt``: the tanh form; ``bert``: exact) or SwiGLU; inner units are cut, gate and up together."""
+
+    def __init__(self, grid: Grid, spec: ModelSpec, dtype: torch.dtype) -> None:
+        super().__init__(grid, spec.axes, dtype)
+        self.spec = spec
+        inner: tuple[Axis, ...] = MLP_GATED if spec.gated_mlp else (Axis.MLP,)
+        self.declare("in_weight", matrix(inner, (Axis.EMBED,)))
+        self.declare("out_weight", matrix((Axis.EMBED,), (Axis.MLP,), std=INIT_STD / (2 * spec.layers) ** 0.5))
+        if spec.biases:
+            self.declare("in_bias", bias(inner))
+            self.declare("out_bias", bias((Axis.EMBED,)))
+
+    def forward(self, x: Tensor, shared: Pass) -> Tensor:
+        """Maps ``x [B, S, D]`` to ``[B, S, D]``."""
+        spec = self.spec
+        inputs = copy_to_tp(x, self.tp_group)
+        inner = F.linear(inputs, self.local("in_weight"), self.local("in_bias") if spec.biases else None)
+        if spec.gated_mlp:
+            gate, up = inner.view(*inner.shape[:-1], -1, 2).unbind(-1)
+            inner = F.silu(gate) * up
+        else:
+            inner = F.gelu(inner, approximate="tanh" if spec.family == "gpt" else "none")
+        out = reduce_from_tp(F.linear(inner, self.local("out_weight")), self.tp_group)
+        return out + self.local("out_bias") if spec.biases else out
+
+
+def rotary_table(spec: ModelSpec, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[length, head_dim / 2]`` in fp64 (RoFormer, arXiv 2104.09864)."""
+    pairs = torch.arange(0, spec.head_dim, 2, dtype=torch.float64, device=device)
+    angles = torch.outer(
+        torch.arange(length, dtype=torch.float64, device=device), spec.rope_theta ** (-pairs / spec.head_dim)
+    )
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs ``(x_i, x_{i + head_dim / 2})`` of ``x [B, S, H, head_dim]`` by their position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
