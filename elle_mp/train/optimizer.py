@@ -1,0 +1,123 @@
+"""AdamW on this rank's shards of the masters, with the state that growth and checkpoints need by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from elle_mp.axes import ParamSpec
+from elle_mp.config import OptimConfig
+from elle_mp.growth.apply import Moments
+from elle_mp.models.transformer import Transformer
+from elle_mp.parallel.mesh import Grid
+from elle_mp.parallel.sharding import local_tensor, named_specs
+
+
+class ShardedAdamW:
+    """``torch.optim.AdamW`` (fused) over the local shards; DTensor's dispatch stays off the step's path.
+
+    The state exists from the start, so a checkpoint always holds the same tensors.
+
+    Attributes:
+        moments: this rank's part of Adam's state of every parameter, by name.
+    """
+
+    def __init__(self, model: Transformer, optim: OptimConfig) -> None:
+        self.grid: Grid = model.grid
+        self.parameters = dict(model.named_parameters())
+        self.specs: Mapping[str, ParamSpec] = dict(named_specs(model))
+        self.shards = {name: local_tensor(item).detach() for name, item in self.parameters.items()}
+        self.lr = optim.lr
+        self.clip = optim.clip
+        groups = [
+            {
+                "params": [self.shards[name] for name in self.shards if self._decays(name, optim) is decays],
+                "weight_decay": optim.weight_decay if decays else 0.0,
+            }
+            for decays in (True, False)
+        ]
+        self.inner = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+        )
+        self.moments: dict[str, Moments] = {}
+        for name, item in self.shards.items():
+            state = Moments(
+                torch.zeros((), dtype=torch.float32, device=item.device), torch.zeros_like(item), torch.zeros_like(item)
+            )
+            self.moments[name] = state
+            self.inner.state[item] = {"step": state.step, "exp_avg": state.first, "exp_avg_sq": state.second}
+
+    def _decays(self, name: str, optim: OptimConfig) -> bool:
+        return optim.decay == "all" or self.specs[name].decay
+
+    @torch.no_grad()
+    def step(self, factor: float) -> float:
+        """Clips the gradients, updates the masters at ``factor`` of the peak rate, and forgets the gradients.
+
+        Returns:
+            The global gradient norm before clipping.
+        """
+        gradients = {name: local_tensor(item.grad) for name, item in self.parameters.items() if item.grad is not None}
+        norm = self.gradient_norm(gradients)
+        if self.clip and norm > self.clip:
+            torch._foreach_mul_(list(gradients.values()), self.clip / (norm + 1e-6))
+        for name, gradient in gradients.items():
+            self.shards[name].grad = gradient
+        for group in self.inner.param_groups:
+            group["lr"] = self.lr * factor
+        self.inner.step()
+        for name, item in self.parameters.items():
+            item.grad = None
+            self.shards[name].grad = None
+        return norm
+
+    def gradient_norm(self, gradients: Mapping[str, Tensor]) -> float:
+        """The norm over all parameters of all ranks; replicas over ``tp`` are counted once.
+
+        One collective of one number (``clip_grad_norm_`` on DTensors issues one per parameter).
+        """
+        counted = [
+            gradient
+            for name, gradient in gradients.items()
+            if self.grid.tp_rank == 0 or self.specs[name].tensor_parallel_dim is not None
+        ]
+        squares = torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        if counted:
+            norms = torch._foreach_norm(counted)
+            squares = torch.stack([item.double() for item in norms]).square().sum()
+        for axis in ("dp_shard", "tp"):
+            if self.grid.size(axis) > 1:
+                dist.all_reduce(squares, group=self.grid.group(axis))
+        return float(squares.sqrt())
+
+    def reset(self) -> None:
+        """Drops the moments and the step counts."""
+        for state in self.moments.values():
+            for item in (state.step, state.first, state.second):
+                item.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as named tensors of global shape, for a checkpoint."""
+        out: dict[str, Tensor] = {}
+        for name, state in self.moments.items():
+            out[f"{name}.step"] = state.step
+            out[f"{name}.exp_avg"] = _like(self.parameters[name], state.first)
+            out[f"{name}.exp_avg_sq"] = _like(self.parameters[name], state.second)
+        return out
+
+
+def _like(parameter: Tensor, local: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
