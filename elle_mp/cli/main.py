@@ -20,7 +20,7 @@ USAGE_ERRORS: type[Exception] = typer.BadParameter.__mro__[2]
 
 USER_ERROR = 2
 INTERRUPTED = 130
-BROKEN_PIPE = 141
+BROKEN_PIPE = 1
 
 app = typer.Typer(
     name="elle-mp",
@@ -56,8 +56,8 @@ app.command()(doctor)
 def main(args: list[str] | None = None) -> None:
     """Runs the program on ``args`` (default: the process's own) and ends the process.
 
-    Exit codes: 0 done, 1 a command's own verdict (``doctor``), 2 something the user gave is wrong, 130 Ctrl-C,
-    141 the reader of our output went away.
+    Exit codes: 0 done, 1 a command's own verdict (``doctor``) or the reader of our output went away,
+    2 something the user gave is wrong, 130 Ctrl-C.
     """
     arguments = sys.argv[1:] if args is None else args
     try:
