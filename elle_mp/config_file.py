@@ -24,7 +24,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the file or an override is wrong; the message says the file, the line or the key.
     """
-    text = existing_file(path, "configuration").read_text(encoding="utf-8")
+    try:
+        text = existing_file(path, "configuration").read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); a configuration is a YAML file") from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)
