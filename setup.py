@@ -14,7 +14,7 @@ from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 # No -march: a wheel must run on other machines, so the sources choose instructions at run time.
 # No contraction into fused multiply-adds: the helpers equal their NumPy fallback bit for bit.
-COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-Wall", "-Wextra"]
+COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-pthread"]
 
 
 def extensions() -> list[Extension]:
@@ -32,6 +32,7 @@ def extensions() -> list[Extension]:
         sources,
         cxx_std=17,
         extra_compile_args=COMPILE_ARGS,
+        extra_link_args=["-pthread"],
         include_dirs=["csrc/helpers"],
         depends=sorted(glob("csrc/helpers/*.h") + glob("csrc/helpers/*.hpp")),
     )
