@@ -5,11 +5,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 STAMP := $(VENV)/.elle-mp-stamp
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: demo test setup lint clean
+.PHONY: demo test setup lint clean $(VENV)
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -34,10 +34,7 @@ clean:
 
 # torch comes first and by exact version: left to a range, pip may choose another and far larger build.
 $(STAMP): pyproject.toml setup.py constraints.txt $(CXX_FILES)
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
-	  { echo "elle_mp needs Python 3.10 to 3.13, not $$($(PYTHON) --version 2>&1): make PYTHON=python3.11"; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
-	  { echo "no virtual environment: install Python's venv module (Debian: apt install python3-venv)"; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(MAKE) --no-print-directory $(VENV)
 	@echo "installing torch (some minutes the first time)"
 	@$(PIP) torch==2.13.0
 	@echo "installing the build tools"
@@ -47,3 +44,11 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(CXX_FILES)
 	@$(BIN)/python -c 'import elle_mp._helpers' 2>/dev/null || \
 	  echo "C++ helpers not built, NumPy takes their place; '$(BIN)/elle-mp doctor' says how to get them"
 	@touch $@
+
+$(VENV):
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "no $(PYTHON) here: install Python 3.10 to 3.13, or say where it is: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "elle_mp needs Python 3.10 to 3.13, not $$($(PYTHON) --version 2>&1): make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) || \
+	  { echo "no virtual environment: install Python's venv module (Debian: apt install python3-venv)"; exit 1; }
