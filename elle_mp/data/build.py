@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from elle_mp.errors import UserError
 FORMAT = 1
 """Counts up whenever the same text and tokenizer give other files."""
 BATCH_DOCUMENTS = 512
+BATCH_CHARACTERS = 4_000_000
 VALID_SHARE = 0.05
 """Of a tokenised source without a valid part of its own, its last documents are held out, up to this share.
 """
@@ -86,7 +86,10 @@ def prepare_domain(
     folder = cache_dir / key
     if not (folder / MANIFEST).is_file():
         build_folder(folder, data, tokenizer, {"source": source, "data": data}, progress)
-    return DomainData(domain, IndexedDataset(folder / "train"), IndexedDataset(folder / "valid"))
+    try:
+        return DomainData(domain, IndexedDataset(folder / "train"), IndexedDataset(folder / "valid"))
+    except UserError as error:
+        raise UserError(f"the cached tokens are damaged ({error}); remove {folder} and run again") from error
 
 
 def build_folder(
@@ -129,7 +132,7 @@ def tokenize(
     documents = tokens = 0
     end = np.array([tokenizer.eos_id], dtype=np.int64)
     with IndexedWriter(prefix, token_dtype(tokenizer.vocab_size)) as writer:
-        for batch in batched(read_documents(data, split), BATCH_DOCUMENTS):
+        for batch in batched(read_documents(data, split)):
             for ids in tokenizer.encode_batch(batch):
                 writer.add(np.concatenate([ids, end]))
                 tokens += ids.size + 1
@@ -141,9 +144,17 @@ def tokenize(
     return {"documents": documents, "tokens": tokens, "sha256": sha256_file(bin_path(prefix))}
 
 
-def batched(documents: Iterator[str], size: int) -> Iterator[list[str]]:
-    """Lists of up to ``size`` documents."""
-    while batch := list(islice(documents, size)):
+def batched(documents: Iterator[str]) -> Iterator[list[str]]:
+    """Lists of documents, bounded in number and in characters (but for a longer single document)."""
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        if batch and (len(batch) == BATCH_DOCUMENTS or size + len(document) > BATCH_CHARACTERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += len(document)
+    if batch:
         yield batch
 
 
@@ -175,7 +186,6 @@ def build_prefix(
         split = "all" if Path(data).is_file() else "train"
     if not overwrite and bin_path(out).exists():
         raise UserError(f"{bin_path(out)} is there already; give another --out, or --overwrite")
-    manifest_path(out).unlink(missing_ok=True)  # it would describe files that are being replaced
     about = {"data": data, "split": split, "format": FORMAT}
     about |= tokenize(data, split, tokenizer, out, progress)
     about |= {"tokenizer": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size}
@@ -184,17 +194,29 @@ def build_prefix(
 
 
 def read_manifest(prefix: Path) -> dict[str, Any] | None:
-    """The manifest of a prefix (``PREFIX.json``, or ``manifest.json`` of a cache folder), or None without
-    one.
+    """What was written about a pair: in ``PREFIX.json``, or in the ``manifest.json`` of a cache folder.
+
+    Raises:
+        UserError: ``PREFIX.json`` is not such a manifest.
     """
-    for path, key in ((manifest_path(prefix), None), (prefix.with_name(MANIFEST), prefix.name)):
-        if path.is_file():
-            try:
-                about = json.loads(path.read_text())
-                return dict(about) if key is None else about | about[key]
-            except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{path}: not a manifest of tokenised data; build it again") from error
-    return None
+    own, shared = manifest_path(prefix), prefix.with_name(MANIFEST)
+    about = read_json(own)
+    if own.is_file() and "sha256" not in about:
+        raise UserError(f"{own}: not a manifest of tokenised data; build it again, or remove the file")
+    if own.is_file():
+        return about
+    about = read_json(shared)
+    part = about.get(prefix.name)
+    return about | part if isinstance(part, dict) and "sha256" in part else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty when the file is missing or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def open_prefix(domain: str, prefix: Path, tokenizer: Tokenizer) -> DomainData:

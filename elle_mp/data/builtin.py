@@ -25,7 +25,7 @@ MAX_CHARACTERS = 4_000_000
 LONG_FILE = 200_000
 """A longer file is left out of ``code``: generated tables would be most of it."""
 VALID_EVERY = 16
-FORMAT = 1
+FORMAT = 2
 """Counts up whenever the documents made from the same files change."""
 
 SKIPPED = frozenset(
@@ -57,6 +57,9 @@ SKIPPED = frozenset(
 )
 """Folders that hold tests, tables and vendored or internal code rather than documentation."""
 
+Wanted = Callable[[int], bool]
+"""Whether the file with this hash is to be read."""
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -79,24 +82,33 @@ def check_name(name: str) -> None:
 
 
 def read_builtin(name: str, split: Literal["train", "valid", "all"]) -> Iterator[str]:
-    """The documents of ``builtin:NAME``, in a fixed order, at most :data:`MAX_CHARACTERS` in all splits
-    together.
+    """The documents of ``builtin:NAME``, in a fixed order, at most about :data:`MAX_CHARACTERS`.
+
+    Files of a split that is not asked for are not even parsed.
 
     Raises:
         UserError: unknown name, or an installation without the files.
     """
     check_name(name)
-    size = 0
-    for key, document in READERS[name]():
-        if size >= MAX_CHARACTERS:
+    room = {"train": MAX_CHARACTERS, "valid": MAX_CHARACTERS // VALID_EVERY}
+    if split != "all":
+        room = {split: room[split]}
+    empty = True
+    for key, document in READERS[name](lambda key: room.get(side_of(key), 0) > 0):
+        room[side_of(key)] -= len(document)
+        empty = False
+        yield document
+        if max(room.values()) <= 0:
             break
-        size += len(document)
-        if split == "all" or (key % VALID_EVERY == 0) == (split == "valid"):
-            yield document
-    if not size:
+    if empty:
         raise UserError(
-            f"builtin:{name}: this installation has no source files to read it from; give a file or folder"
+            f"builtin:{name}: this installation has no source files for it; give a file or folder"
         )
+
+
+def side_of(key: int) -> Literal["train", "valid"]:
+    """The split of a source file, by the hash of its name."""
+    return "valid" if key % VALID_EVERY == 0 else "train"
 
 
 def fingerprint(name: str) -> str:
@@ -163,15 +175,17 @@ def parse(file: SourceFile) -> tuple[str, ast.Module] | None:
         return None
 
 
-def read_docs() -> Iterator[tuple[int, str]]:
+def read_docs(wanted: Wanted) -> Iterator[tuple[int, str]]:
     """Topics of pydoc, each by its name, then the docstrings of the standard library, a document per file."""
     topics = topics_file()
     parsed = parse(topics) if topics is not None else None
     if parsed is not None:
         texts = sorted(topic_texts(parsed[1]), key=lambda item: name_hash(item[0]))
-        yield from ((name_hash(f"topic {name}"), text) for name, text in texts)
+        for name, text in texts:
+            if wanted(name_hash(f"topic {name}")):
+                yield name_hash(f"topic {name}"), text
     for file in library_files():
-        parsed = parse(file)
+        parsed = parse(file) if wanted(file.hash) else None
         document = "\n\n".join(docstrings(parsed[1])) if parsed is not None else ""
         if document:
             yield file.hash, document
@@ -206,25 +220,27 @@ def heading(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     return f"{node.name}({ast.unparse(node.args)})"
 
 
-def read_code() -> Iterator[tuple[int, str]]:
+def read_code(wanted: Wanted) -> Iterator[tuple[int, str]]:
     """The source of the standard library, a document per file."""
     for file in library_files():
-        parsed = parse(file)
+        parsed = parse(file) if wanted(file.hash) else None
         if parsed is not None and 0 < len(parsed[0]) <= LONG_FILE:
             yield file.hash, parsed[0]
 
 
-def read_science() -> Iterator[tuple[int, str]]:
+def read_science(wanted: Wanted) -> Iterator[tuple[int, str]]:
     """The long strings of numpy and torch (docstrings, and those that ``add_docstr`` attaches), a document
     per file.
     """
-    seen: set[str] = set()
+    seen: dict[str, set[str]] = {"train": set(), "valid": set()}
     for file in package_files("numpy") + package_files("torch"):
-        parsed = parse(file)
-        texts = [text for text in long_strings(parsed[1]) if text not in seen] if parsed is not None else []
-        seen.update(texts)
-        if texts:
-            yield file.hash, "\n\n".join(dict.fromkeys(texts))
+        parsed = parse(file) if wanted(file.hash) else None
+        texts = dict.fromkeys(long_strings(parsed[1])) if parsed is not None else {}
+        known = seen[side_of(file.hash)]
+        fresh = [text for text in texts if text not in known]
+        known.update(fresh)
+        if fresh:
+            yield file.hash, "\n\n".join(fresh)
 
 
 def long_strings(tree: ast.Module) -> Iterator[str]:
@@ -236,9 +252,11 @@ def long_strings(tree: ast.Module) -> Iterator[str]:
                 yield text
 
 
-READERS: dict[str, Callable[[], Iterator[tuple[int, str]]]] = {
+READERS: dict[str, Callable[[Wanted], Iterator[tuple[int, str]]]] = {
     "docs": read_docs,
     "code": read_code,
     "science": read_science,
 }
-"""Each gives (hash of the source file or topic, document)."""
+"""Each gives (hash of the source file or topic, document) for the hashes that are wanted when it comes to
+them.
+"""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,8 @@ BUILTIN = "builtin:"
 SUFFIXES = (".jsonl", ".txt")
 VALID_EVERY = 20
 """Without a valid part of its own, one document in twenty is held out, by a hash of its text."""
+SMALL_DOCUMENTS = 1000
+"""A source of fewer documents is divided by its characters instead."""
 
 
 def check_source(data: str) -> None:
@@ -143,19 +145,12 @@ def not_empty(documents: Iterator[str], data: str) -> Iterator[str]:
 
 def divided(read: Callable[[], Iterator[str]], split: Literal["train", "valid"], data: str) -> Iterator[str]:
     """One side of a source that has no valid part, see :func:`read_documents`."""
-    seen: list[str] = []
-    sides: set[bool] = set()
-    for document in read():
-        seen.append(document)
-        sides.add(held_out(document))
-        if len(sides) == 2:
-            break
-    else:
-        yield from divided_by_hand(seen, split, data)
+    first = list(islice(read(), SMALL_DOCUMENTS))
+    if len(first) < SMALL_DOCUMENTS:
+        yield from divided_small(first, split, data)
         return
-    for document in read():
-        if held_out(document) == (split == "valid"):
-            yield document
+    sides = (document for document in read() if held_out(document) == (split == "valid"))
+    yield from not_empty(sides, f"{data}, {split} part")
 
 
 def held_out(document: str) -> bool:
@@ -169,27 +164,36 @@ def document_hash(document: str) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def divided_by_hand(documents: list[str], split: Literal["train", "valid"], data: str) -> Iterator[str]:
-    """A source so small that the hash put all of it on one side: one document is held out, or the only one
-    cut.
+def divided_small(documents: list[str], split: Literal["train", "valid"], data: str) -> Iterator[str]:
+    """A side of few documents: those of the smallest hashes are held out, to 5 % of the characters.
+
+    Counting documents alone could leave a valid text of a few words. An only document is cut in two.
     """
+    kinds = sorted(set(documents), key=document_hash)
+    if len(kinds) < 2:
+        yield cut_in_two(documents, split, data)
+        return
+    wanted = sum(map(len, kinds)) / VALID_EVERY
+    chosen: set[str] = set()
+    for document in kinds[:-1]:
+        if wanted <= 0:
+            break
+        chosen.add(document)
+        wanted -= len(document)
+    yield from (document for document in documents if (document in chosen) == (split == "valid"))
+
+
+def cut_in_two(documents: list[str], split: Literal["train", "valid"], data: str) -> str:
+    """The first 95 % of the only document, or the rest of it; the cut is at a blank where there is one."""
     if not documents:
         raise UserError(f"{data}: there is no document in it; give at least one")
-    kinds = set(documents)
-    if len(kinds) > 1:
-        chosen = min(kinds, key=document_hash)
-        yield from (document for document in documents if (document == chosen) == (split == "valid"))
-        return
     text = documents[0]
     cut = len(text) - max(1, len(text) // VALID_EVERY)
-    space = max(text.rfind(" ", 0, cut), text.rfind("\n", 0, cut))
-    cut = space + 1 if space > cut // 2 else cut
-    part = text[:cut] if split == "train" else text[cut:]
-    if not part:
-        raise UserError(
-            f"{data}: one document of {len(text)} characters cannot be divided into train and valid text"
-        )
-    yield part
+    blank = max(text.rfind(" ", 0, cut), text.rfind("\n", 0, cut))
+    cut = blank + 1 if blank > cut // 2 else cut
+    if not 0 < cut < len(text):
+        raise UserError(f"{data}: its only document has {len(text)} characters; too few to hold some out")
+    return text[:cut] if split == "train" else text[cut:]
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
@@ -204,9 +208,10 @@ def read_jsonl(path: Path) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise UserError(
-                f'{path}:{number}: not JSON ({error}); each line must be like {{"text": "..."}}'
+                f'{path}:{number}: not JSON ({why}); each line must be like {{"text": "..."}}'
             ) from error
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
