@@ -49,7 +49,7 @@ def build(
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.model, or the file.")],
     out: Annotated[Path, typer.Option(help="Prefix: leaves PREFIX.bin, PREFIX.idx and PREFIX.json.")],
     split: Annotated[
-        str | None, typer.Option(help="train, valid or all. [default: all of a file, else train]")
+        str | None, typer.Option(help="train, valid or all; default: all of a file, train of the rest.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
