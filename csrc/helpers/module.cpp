@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 namespace elle_mp {
+void register_activations(pybind11::module_& m);
 void register_data(pybind11::module_& m);
 void register_dropout(pybind11::module_& m);
 void register_softmax(pybind11::module_& m);
@@ -10,6 +11,7 @@ void register_softmax(pybind11::module_& m);
 
 PYBIND11_MODULE(_helpers, m) {
     m.doc() = "Compiled twins of NumPy and PyTorch code in elle_mp.";
+    elle_mp::register_activations(m);
     elle_mp::register_data(m);
     elle_mp::register_dropout(m);
     elle_mp::register_softmax(m);

@@ -1,4 +1,8 @@
-"""Multi-head attention with grouped keys and values, and layout-independent dropout."""
+"""Multi-head attention with grouped keys and values, and layout-independent dropout.
+
+On CUDA, and where nothing is gained, this is PyTorch's SDPA. On the CPU in bf16, and wherever attention
+weights are dropped, it is :mod:`elle_mp.ops.chunked_attention`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elle_mp.ops.chunked_attention import chunked_attention
 from elle_mp.ops.dropout import DropoutKey, keep_mask, keep_scale, sample_keys, threshold
+from elle_mp.ops.native import helpers
 
 
 def attention(
@@ -37,27 +43,57 @@ def attention(
     Raises:
         ValueError: the shapes do not fit, or a key is missing.
     """
-    _check(q, k, v, dropout, key, first_head, heads)
-    if threshold(dropout) == 0:
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            is_causal=causal,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return out.transpose(1, 2)
-    assert key is not None
-    return attention_reference(q, k, v, causal, dropout, sample_keys(key), first_head)
+    batch, length, local, head_dim = q.shape
+    groups = k.shape[2]
+    if k.shape != v.shape or k.shape != (batch, length, groups, head_dim) or groups == 0 or local % groups:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"attention shapes do not fit: {shapes}")
+    keys = _keys(batch, dropout, key)
+    _check_heads(first_head, local, heads)
+    if _sdpa_is_better(q, dropout):
+        return _sdpa(q, k, v, causal)
+    out = chunked_attention(
+        q.unflatten(2, (groups, local // groups)), k, v, causal, dropout, keys, first_head
+    )
+    return out.flatten(2, 3)
+
+
+def packed_attention(
+    qkv: Tensor,
+    *,
+    causal: bool,
+    dropout: float = 0.0,
+    key: DropoutKey | None = None,
+    first_head: int = 0,
+    heads: int | None = None,
+) -> Tensor:
+    """:func:`attention` of a fused projection; its gradient is written in place of that of three slices.
+
+    Args:
+        qkv: ``[B, S, G, H / G + 2, hd]``: of each group the queries, then its key, then its value.
+
+    Returns:
+        ``[B, S, H, hd]``.
+
+    Raises:
+        ValueError: as :func:`attention`.
+    """
+    batch, length, groups, slots, head_dim = qkv.shape
+    local = groups * (slots - 2)
+    keys = _keys(batch, dropout, key)
+    _check_heads(first_head, local, heads)
+    if _sdpa_is_better(qkv, dropout):
+        q, k, v = qkv[:, :, :, :-2], qkv[:, :, :, -2], qkv[:, :, :, -1]
+        return _sdpa(q.reshape(batch, length, local, head_dim), k, v, causal)
+    return chunked_attention(qkv, None, None, causal, dropout, keys, first_head).flatten(2, 3)
 
 
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float, keys: Tensor | None, first_head: int
 ) -> Tensor:
-    """The same, spelled out: every weight is materialised. For tests, and where nothing faster exists."""
+    """:func:`attention` spelled out: every weight is materialised. What the tests compare with."""
     batch, length, heads, head_dim = q.shape
-    groups = k.shape[2]
-    grouped = q.reshape(batch, length, groups, heads // groups if groups else 0, head_dim)
+    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
     scores = torch.einsum("bsgjd,btgd->bgjst", grouped, k) * head_dim**-0.5
     if causal:
         above = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
@@ -66,30 +102,33 @@ def attention_reference(
     weights = torch.softmax(scores, dim=-1, dtype=wide)
     if keys is not None and threshold(dropout):
         keep = keep_mask(keys.to(q.device), first_head * length, heads * length, length, dropout)
-        weights = weights * keep.view(weights.shape) * keep_scale(dropout)
+        weights = weights * keep.view(weights.shape).to(wide) * keep_scale(dropout)
     return torch.einsum("bgjst,btgd->bsgjd", weights.to(v.dtype), v).reshape(batch, length, heads, head_dim)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout: float,
-    key: DropoutKey | None,
-    first_head: int,
-    heads: int | None,
-) -> None:
-    batch, length, local, head_dim = q.shape
-    if (
-        k.shape != v.shape
-        or k.shape[:2] != (batch, length)
-        or k.shape[3] != head_dim
-        or local % max(k.shape[2], 1)
-    ):
-        raise ValueError(
-            f"attention shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        )
-    if threshold(dropout) and (key is None or key.samples.shape != (batch,)):
+def _sdpa_is_better(x: Tensor, dropout: float) -> bool:
+    if threshold(dropout):
+        return False
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        return True
+    return helpers("softmax_forward") is None
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+
+
+def _keys(batch: int, dropout: float, key: DropoutKey | None) -> Tensor:
+    """int64 ``[B]``; zeros when nothing is dropped."""
+    if threshold(dropout) == 0:
+        return torch.zeros(batch, dtype=torch.int64)
+    if key is None or key.samples.shape != (batch,):
         raise ValueError(f"attention with dropout {dropout} wants a key for {batch} sequences")
+    return sample_keys(key)
+
+
+def _check_heads(first_head: int, local: int, heads: int | None) -> None:
     if heads is not None and first_head + local > heads:
         raise ValueError(f"heads {first_head} to {first_head + local} are not among {heads}")

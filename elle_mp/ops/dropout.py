@@ -1,10 +1,10 @@
 """Dropout whose masks are a pure function of (seed, site, sample, element): the same under every layout.
 
-The generator is counter-based. SplitMix64 (Steele, Lea, Flood, OOPSLA'14) hashes seed, site, sample and row to a
-64-bit row key; a two-round multiply-xorshift mixer (constants: hash-prospector's ``lowbias32``), into which both
-halves of the row key enter, makes each 32-bit word of the row; each word serves two columns with 16 bits each. So
-``p`` is accurate to 2^-17, nothing is stored for the backward pass, and 32 columns cost a dozen AVX-512
-instructions.
+The generator is counter-based. SplitMix64 (Steele, Lea, Flood, OOPSLA'14) hashes seed, site, sample and row
+to a 64-bit row key; a two-round multiply-xorshift mixer (constants of hash-prospector), into which
+both halves of the row key enter, makes each 32-bit word of the row; each word serves two columns with 16 bits
+each. So ``p`` is accurate to 2^-17, nothing is stored for the backward pass, and 32 columns cost a dozen
+AVX-512 instructions.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from elle_mp.ops.native import as_array, helpers
+
 _CHUNK_BYTES = 16 << 20
 """Logits of one chunk: half of a usual last-level cache."""
 
@@ -37,9 +39,9 @@ def linear_cross_entropy(
         group: the ranks that hold the other rows, or ``None`` when this is the whole table.
 
     Returns:
-        The sum, a scalar: fp32 (fp64 for fp64 input), the same on every rank. The gradient of ``hidden`` is this
-        rank's part of the sum over ranks: the caller all-reduces it. The upstream gradient must be the same on
-        every rank.
+        The sum, a scalar: fp32 (fp64 for fp64 input), the same on every rank. The gradient of ``hidden`` is
+        this rank's part of the sum over ranks: the caller all-reduces it. The upstream gradient must be the
+        same on every rank.
     """
     size = vocab_start + table.shape[0] if vocab_size is None else vocab_size
     valid = min(max(size - vocab_start, 0), table.shape[0])
@@ -104,27 +106,54 @@ def _softmax_loss(
     group: dist.ProcessGroup | None,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Losses ``[n]`` and the gradient of the logits ``[n, V_local]`` (in their type) of one chunk."""
-    scores = logits.to(wide)
+    """Losses ``[n]`` and the gradient of the logits ``[n, V_local]`` (in their place) of one chunk."""
     local = targets - start
     inside = (local >= 0) & (local < logits.shape[1])
-    place = local.clamp(0, max(logits.shape[1] - 1, 0))[:, None]
+    place = local.clamp(0, max(logits.shape[1] - 1, 0))
+    top, total = _stats(logits, wide)
     if logits.shape[1]:
-        top = scores.amax(1)
-        picked = torch.where(inside, scores.gather(1, place).squeeze(1), 0.0)
+        picked = torch.where(inside, logits.gather(1, place[:, None]).squeeze(1).to(wide), 0.0)
     else:
-        top = scores.new_full(targets.shape, float("-inf"))
-        picked = scores.new_zeros(targets.shape)
+        picked = top.new_zeros(targets.shape)
     if group is not None:
+        mine = top.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-    weights = (scores - top[:, None]).exp_()
-    sums = torch.stack((weights.sum(1), picked))
-    if group is not None:
+        sums = torch.stack((total * (mine - top).exp(), picked))
         dist.all_reduce(sums, group=group)
-    losses = sums[0].log() + top - sums[1]
-    if not with_grad:
-        return losses, logits
-    weights.div_(sums[0][:, None])
+        total, picked = sums
+    lse = total.log() + top
+    if with_grad:
+        _to_gradient(logits, lse, torch.where(inside, local, -1))
+    return lse - picked, logits
+
+
+def _stats(logits: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Maximum and sum of exp(x - maximum) of each row."""
+    if logits.shape[1] == 0:
+        shape = logits.shape[:1]
+        return torch.full(shape, float("-inf"), dtype=wide, device=logits.device), logits.new_zeros(
+            shape, dtype=wide
+        )
+    native = helpers("logit_stats")
+    if native is not None and _is_native(logits):
+        top, total = torch.empty(2, logits.shape[0], dtype=wide)
+        native.logit_stats(as_array(logits), as_array(top), as_array(total), torch.get_num_threads())
+        return top, total
+    top = logits.amax(1).to(wide)
+    return top, (logits.to(wide) - top[:, None]).exp_().sum(1)
+
+
+def _to_gradient(logits: Tensor, lse: Tensor, local: Tensor) -> None:
+    """Turns logits into ``softmax - onehot(local)`` in place; ``local`` is -1 for targets of other ranks."""
+    native = helpers("logit_gradient")
+    if native is not None and _is_native(logits):
+        native.logit_gradient(as_array(logits), as_array(lse), as_array(local), torch.get_num_threads())
+        return
+    weights = (logits.to(lse.dtype) - lse[:, None]).exp_()
     if logits.shape[1]:
-        weights.scatter_add_(1, place, -inside.to(wide)[:, None])
-    return losses, weights.to(logits.dtype)
+        weights.scatter_add_(1, local.clamp(min=0)[:, None], -(local >= 0).to(lse.dtype)[:, None])
+    logits.copy_(weights)
+
+
+def _is_native(logits: Tensor) -> bool:
+    return logits.device.type == "cpu" and logits.dtype == torch.bfloat16 and logits.is_contiguous()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def helpers(name: str) -> ModuleType | None:
-    """The extension, if it was built and has ``name`` (an older build may not); else ``None``: use the fallback."""
+    """The extension, if it was built and has ``name`` (an older build may not); else ``None``."""
     try:
         module = import_module("elle_mp._helpers")
     except ImportError:

@@ -17,9 +17,9 @@ def layer_norm(
     Args:
         x: ``[..., D]``.
         weight, bias: ``[D]``.
-        stat_weights: ``[D]``, non-negative, of sum 1, a constant (no gradient). Then the mean is ``sum w x`` and
-            the variance ``sum w (x - mean)^2``: the count-weighted statistics that keep a grown LayerNorm exact
-            (growth.md, section 1.1). ``None`` is the ordinary ``w = 1 / D``.
+        stat_weights: ``[D]``, non-negative, of sum 1, a constant (no gradient). Then the mean is ``sum w x``
+            and the variance ``sum w (x - mean)^2``: the count-weighted statistics that keep a grown LayerNorm
+            exact (growth.md, section 1.1). ``None`` is the ordinary ``w = 1 / D``.
 
     Returns:
         ``[..., D]`` in the type of ``x``.
