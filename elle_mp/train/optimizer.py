@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,8 @@ class ShardedAdamW:
     def step(self, factor: float) -> float:
         """Clips the gradients, updates the masters at ``factor`` of the peak rate, and forgets the gradients.
 
+        Nothing is updated when the gradient is not finite.
+
         Returns:
             The global gradient norm before clipping.
         """
@@ -65,11 +68,12 @@ class ShardedAdamW:
         norm = self.gradient_norm(gradients)
         if self.clip and norm > self.clip:
             torch._foreach_mul_(list(gradients.values()), self.clip / (norm + 1e-6))
-        for name, gradient in gradients.items():
-            self.shards[name].grad = gradient
-        for group in self.inner.param_groups:
-            group["lr"] = self.lr * factor
-        self.inner.step()
+        if isfinite(norm):
+            for name, gradient in gradients.items():
+                self.shards[name].grad = gradient
+            for group in self.inner.param_groups:
+                group["lr"] = self.lr * factor
+            self.inner.step()
         for name, item in self.parameters.items():
             item.grad = None
             self.shards[name].grad = None

@@ -1,0 +1,63 @@
+"""Perplexity of each domain's valid text, the same number under every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import exp
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from elle_mp.data.batches import Batch
+from elle_mp.models.transformer import IGNORED, Transformer
+
+
+@torch.no_grad()
+def perplexity(model: Transformer, batches: Iterable[Batch]) -> float:
+    """exp of the mean cross entropy over all targets of ``batches``, which every rank passes alike.
+
+    Each data-parallel rank takes every ``dp_size``-th sequence. Prompts are never targets, so runs with and without
+    them compare.
+    """
+    grid = model.grid
+    sums = torch.zeros(2, dtype=torch.float64, device=grid.device)
+    for batch in batches:
+        mine = _rows_of_rank(batch, grid.dp_rank, grid.dp_size).to(grid.device)
+        sums[0] += model(mine.tokens, mine.domain, mine.targets).double()
+        sums[1] += int((mine.targets != IGNORED).sum())
+    if grid.dp_size > 1:
+        for axis in ("dp_replicate", "dp_shard"):
+            dist.all_reduce(sums, group=grid.group(axis))
+    return exp(float(sums[0] / sums[1])) if sums[1] else float("nan")
+
+
+def _rows_of_rank(batch: Batch, rank: int, size: int) -> Batch:
+    """Rows ``rank, rank + size, ...``; every rank gets as many, so that all issue the same collectives."""
+    rows = len(batch.tokens)
+    index = torch.arange(rank, -(-rows // size) * size, size)
+    chosen = index.clamp(max=rows - 1)
+    targets = batch.targets[chosen]
+    targets[index >= rows] = IGNORED
+    return Batch(batch.tokens[chosen], targets, batch.domain[chosen], batch.key[chosen])
+
+
+@torch.no_grad()
+def fixed_logits(model: Transformer, batch: Batch) -> Tensor:
+    """This rank's part of the logits of a fixed batch, ``[B, T, V_local]``, padding left out."""
+    batch = batch.to(model.grid.device)
+    logits: Tensor = model(batch.tokens, batch.domain)
+    local = model.spec.padded_vocab // model.grid.tp_size
+    real = min(max(model.spec.vocab_size - model.grid.tp_rank * local, 0), local)
+    return logits[..., :real]
+
+
+def largest_difference(before: Tensor, after: Tensor, model: Transformer) -> tuple[float, float]:
+    """Largest change of a logit over all ranks: absolute, and relative to the largest logit."""
+    values = torch.zeros(2, dtype=torch.float64, device=before.device)
+    if before.numel():
+        values[0] = (before.double() - after.double()).abs().max()
+        values[1] = before.double().abs().max()
+    if model.grid.tp_size > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=model.grid.group("tp"))
+    return float(values[0]), float(values[0] / values[1].clamp_min(1e-300))

@@ -1,0 +1,297 @@
+"""The stages of a lifelong run: grow, recover, train, evaluate; saved and resumed anywhere."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elle_mp.checkpoint.store import CheckpointStore
+from elle_mp.config import Config, OptimConfig
+from elle_mp.growth.plan import make_plan
+from elle_mp.models.build import Precision, checking_copy, empty_model
+from elle_mp.models.flops import parameter_count, training_flops_per_token
+from elle_mp.models.spec import ModelSpec
+from elle_mp.models.transformer import Transformer
+from elle_mp.observe.journal import Journal, Place
+from elle_mp.parallel.mesh import Grid, make_grid
+from elle_mp.parallel.sharding import initialise
+from elle_mp.stream.domains import RECOVER, TRAIN, Domains
+from elle_mp.stream.evaluation import perplexity
+from elle_mp.stream.growing import grow, grow_and_prove
+from elle_mp.stream.lifelong import average_increased_perplexity, average_perplexity
+from elle_mp.stream.state import BEGIN, DONE, RunState
+from elle_mp.train.optimizer import ShardedAdamW
+from elle_mp.train.schedules import rate_factor
+from elle_mp.train.signals import StopRequest
+from elle_mp.train.trainer import Trainer, check_finite, rows_of
+
+
+class StreamRunner:
+    """Runs a stream from where its run directory stands.
+
+    Attributes:
+        state: the position, and all that has been measured.
+    """
+
+    def __init__(self, config: Config, domains: Domains, run_dir: Path, device: torch.device, journal: Journal) -> None:
+        self.config = config
+        self.domains = domains
+        self.store = CheckpointStore(run_dir / "checkpoints")
+        self.device = device
+        self.journal = journal
+        self.precision = Precision.named(config.precision)
+        self.state = RunState()
+        self.saved_at = -1
+        self._open()
+
+    def run(self) -> bool:
+        """Goes on to the end of the stream.
+
+        Returns:
+            False when a signal asked to stop before: the run is saved and can be resumed.
+        """
+        with StopRequest() as stop:
+            while self.state.phase != DONE:
+                began = time.perf_counter()
+                if self.state.phase == BEGIN:
+                    self._begin_stage()
+                    self.state.stage_seconds += time.perf_counter() - began
+                    continue
+                if not self._train_phase(stop):
+                    return False
+                self._finish_phase()
+        return True
+
+    def results(self) -> dict[str, Any]:
+        """What ``results.json`` holds."""
+        stages = self.state.stages
+        last = stages[-1] if stages else {}
+        return {"ap": last.get("ap"), "ap_plus": last.get("ap_plus"), "stages": stages}
+
+    # Start and resume
+
+    def _open(self) -> None:
+        name = self.store.latest()
+        if name is None:
+            self._layout(0)
+            spec = ModelSpec.from_config(self.config, self.domains.tokenizer.vocab_size)
+            self._make(spec)
+            initialise(self.model, self.config.run.seed)
+            self.journal.start(0)
+            return
+        meta = self.store.meta(name)
+        self.state = RunState.from_json(meta["state"])
+        self._load(name, max(self.state.stage - (self.state.phase in (BEGIN, DONE)), 0))
+        self.saved_at = self.state.global_step
+        self.journal.start(self.state.global_step)
+        self.journal.say(f"going on from checkpoint {name}")
+
+    def _layout(self, stage: int) -> None:
+        self.stage_of_layout = stage
+        self.grid: Grid = make_grid(self.config.stage_parallel(stage), self.device)
+
+    def _make(self, spec: ModelSpec) -> None:
+        parallel = self.config.stage_parallel(self.stage_of_layout)
+        self.model: Transformer = empty_model(spec, self.grid, self.precision, parallel.reshard_after_forward)
+        self.optimizer = ShardedAdamW(self.model, self.config.stage_optim(self.stage_of_layout))
+
+    def _load(self, name: str, stage: int) -> None:
+        """Builds the model of a checkpoint under the layout of ``stage`` and fills it."""
+        self._layout(stage)
+        self._make(ModelSpec.from_json(self.store.meta(name)["model"]))
+        self.store.load(name, self._tensors())
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {f"model.{name}": item.detach() for name, item in self.model.named_parameters()}
+        if self.model.norm_stats is not None:
+            tensors["model.norm_stats"] = self.model.norm_stats
+        return tensors | {f"optim.{name}": item for name, item in self.optimizer.tensors().items()}
+
+    def _save(self, name: str | None = None) -> None:
+        permanent = name is not None
+        name = name or f"step-{self.state.global_step:08d}-{self.state.phase}"
+        meta = {
+            "state": self.state.to_json(),
+            "model": self.model.spec.to_json(),
+            "tokenizer": self.domains.tokenizer.fingerprint,
+        }
+        self.store.save(name, self._tensors(), meta, permanent)
+        self.store.prune(self.config.checkpoint.keep)
+        self.saved_at = self.state.global_step
+
+    # Stages
+
+    def _begin_stage(self) -> None:
+        """Growth, when the stage has one; a new layout, when it has another."""
+        state, config = self.state, self.config
+        stage = state.stage
+        if stage > 0:
+            if config.stage_parallel(stage) != config.stage_parallel(self.stage_of_layout):
+                name = self.store.latest()
+                if name is None:
+                    raise RuntimeError("a finished stage left no checkpoint")
+                self._load(name, stage)
+            self._grow(stage)
+        state.enter(RECOVER if config.stream[stage].recover.steps else TRAIN)
+
+    def _grow(self, stage: int) -> None:
+        config = self.config
+        plan = make_plan(self.model.spec, config.stage_model(stage), config.growth, config.run.seed)
+        optim, reshard = config.stage_optim(stage), config.stage_parallel(stage).reshard_after_forward
+        self.stage_of_layout = stage
+        if config.stream[stage].grow is None:
+            self.model, self.optimizer, _ = grow(plan, self.model, self.optimizer, optim, self.precision, reshard)
+            return
+        grown = grow_and_prove(
+            plan,
+            self.model,
+            self.optimizer,
+            optim,
+            self.precision,
+            reshard,
+            self.domains.probe(stage),
+            lambda model: self._perplexities(model, stage),
+        )
+        self.model, self.optimizer, self.state.growth = grown.model, grown.optimizer, grown.record
+        self.journal.grew(config.stream[stage].domain, grown.record)
+
+    def _train_phase(self, stop: StopRequest) -> bool:
+        """Trains to the end of the phase; False when asked to stop (the run is then saved)."""
+        state, config = self.state, self.config
+        stage, phase = state.stage, state.phase
+        steps = self._phase_steps(stage, phase)
+        batch = config.stage_batch(stage)
+        builder = self.domains.builder(stage, phase)
+        first, last = rows_of(self.grid, batch.global_)
+        self.optimizer.lr = self._peak_rate(stage, phase)
+        trainer = Trainer(self.model, self.optimizer, batch.micro, config.run.seed)
+        flops = training_flops_per_token(self.model.spec) * self.model.spec.positions * batch.global_
+        domain = config.stream[stage].domain
+        with self._progress(stage, phase, domain, steps):
+            while state.step < steps:
+                began = time.perf_counter()
+                factor = self._rate_factor(stage, phase)
+                result = trainer.step(builder.batch(state.step, first, last), factor, stop)
+                check_finite(result, f"stage {stage} ({domain}, {phase}), step {state.step}")
+                state.step += 1
+                state.global_step += 1
+                tokens = batch.global_ * self.model.spec.text_length
+                state.tokens += tokens
+                state.stage_tokens += tokens
+                state.stage_flops += flops
+                seconds = time.perf_counter() - began
+                state.stage_seconds += seconds
+                self.journal.step(
+                    self._place(),
+                    result.loss,
+                    self.optimizer.lr * factor,
+                    result.grad_norm,
+                    tokens,
+                    flops,
+                    seconds,
+                    state.step,
+                )
+                if state.step < steps:
+                    self._between_steps(stage, phase)
+                    if result.stop:
+                        self._save()
+                        return False
+        return True
+
+    def _between_steps(self, stage: int, phase: str) -> None:
+        state, config = self.state, self.config
+        if phase == TRAIN and config.eval.every and state.step % config.eval.every == 0:
+            self._evaluate(self.model.eval())
+            self.model.train()
+        if state.global_step - max(self.saved_at, 0) >= config.checkpoint.every:
+            self._save()
+
+    def _finish_phase(self) -> None:
+        state, config = self.state, self.config
+        began = time.perf_counter()
+        stage = state.stage
+        checker = checking_copy(self.model, self.precision)
+        if state.phase == RECOVER:
+            if state.growth is not None:
+                state.growth["ppl_recovered"] = self._perplexities(checker, stage)
+                if state.growth["moments"] == "reset":
+                    self.optimizer.reset()
+            state.stage_seconds += time.perf_counter() - began
+            state.enter(TRAIN)
+            self._save()
+            return
+        scores = self._evaluate(checker)
+        state.stage_seconds += time.perf_counter() - began
+        spec = self.model.spec
+        record = {
+            "domain": config.stream[stage].domain,
+            "params": parameter_count(self.model),
+            "layers": spec.layers,
+            "heads": spec.heads,
+            "kv_groups": spec.kv_groups,
+            "embed": spec.embed,
+            "mlp": spec.mlp,
+            "tokens": state.stage_tokens,
+            "flops": state.stage_flops,
+            "seconds": state.stage_seconds,
+            **scores,
+            "growth": state.growth,
+        }
+        state.finish_stage(record, last=stage == len(config.stream) - 1)
+        self._save(f"stage-{stage}-{record['domain']}")
+        self.journal.results(self.results())
+
+    # Measures
+
+    def _perplexities(self, model: Transformer, seen: int) -> dict[str, float]:
+        stream = self.config.stream
+        return {stream[index].domain: perplexity(model, self.domains.held_out(index)) for index in range(seen)}
+
+    def _evaluate(self, model: Transformer) -> dict[str, Any]:
+        """Perplexity of every seen domain, AP and AP+; also a line of ``evals.jsonl``."""
+        state = self.state
+        ppl = self._perplexities(model, state.stage + 1)
+        current = self.config.stream[state.stage].domain
+        scores = {
+            "ppl": ppl,
+            "ap": average_perplexity(ppl),
+            "ap_plus": average_increased_perplexity(ppl, state.finished_ppl, current),
+        }
+        self.journal.evaluation(self._place(), scores)
+        return scores
+
+    def _place(self) -> Place:
+        state = self.state
+        domain = self.config.stream[state.stage].domain
+        return Place(state.global_step, state.stage, state.phase, domain, state.tokens)
+
+    # Schedules
+
+    def _phase_steps(self, stage: int, phase: str) -> int:
+        item = self.config.stream[stage]
+        return item.recover.steps if phase == RECOVER else item.steps
+
+    def _peak_rate(self, stage: int, phase: str) -> float:
+        recover = self.config.stream[stage].recover
+        return recover.lr if phase == RECOVER and recover.lr else self.config.stage_optim(stage).lr
+
+    def _rate_factor(self, stage: int, phase: str) -> float:
+        state, config = self.state, self.config
+        optim: OptimConfig = config.stage_optim(stage)
+        if optim.restart == "never":
+            total = sum(item.recover.steps + item.steps for item in config.stream)
+            return rate_factor(optim, state.global_step, total)
+        recover = config.stream[stage].recover
+        steps = self._phase_steps(stage, phase)
+        if phase == RECOVER:
+            steps = recover.schedule_steps or steps
+            if recover.warmup is not None:
+                optim = optim.model_copy(update={"warmup": recover.warmup})
+        return rate_factor(optim, state.step, steps)
+
+    def _progress(self, stage: int, phase: str, domain: str, steps: int) -> AbstractContextManager[Any]:
+        return self.journal.phase(stage, len(self.config.stream), phase, domain, self.state.step, steps)

@@ -1,0 +1,96 @@
+"""One training step: micro-batches, gradients summed over all targets of the global batch, AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from elle_mp.data.batches import Batch
+from elle_mp.errors import UserError
+from elle_mp.models.transformer import IGNORED, Transformer
+from elle_mp.ops.dropout import DropoutKey
+from elle_mp.parallel.data_parallel import synchronise_gradients
+from elle_mp.parallel.mesh import Grid
+from elle_mp.train.optimizer import ShardedAdamW
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Attributes:
+        loss: mean cross entropy over the targets of the global batch, before the update.
+        grad_norm: global norm before clipping.
+        targets: predicted positions of the global batch.
+        stop: some rank was asked to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    targets: int
+    stop: bool
+
+
+def rows_of(grid: Grid, global_batch: int) -> tuple[int, int]:
+    """The rows of a global batch that this rank trains on."""
+    share = global_batch // grid.dp_size
+    return grid.dp_rank * share, (grid.dp_rank + 1) * share
+
+
+class Trainer:
+    """Trains a model on the rows of this rank."""
+
+    def __init__(self, model: Transformer, optimizer: ShardedAdamW, micro: int, dropout_seed: int) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.micro = micro
+        self.dropout_seed = dropout_seed
+
+    def step(self, batch: Batch, factor: float, stop: Callable[[], bool] = lambda: False) -> StepResult:
+        """One update from this rank's rows of the global batch, at ``factor`` of the peak rate.
+
+        The loss is the sum over all targets of all ranks divided by their number, so uneven ranks and micro-batches
+        weigh every target the same. ``stop`` is agreed on by all ranks, in the same collective as the number.
+
+        Raises:
+            UserError: the loss or the gradient is not finite; nothing was updated.
+        """
+        grid, device = self.model.grid, self.model.grid.device
+        batch = batch.to(device)
+        counts = torch.zeros(2, dtype=torch.float64, device=device)
+        counts[0] = int((batch.targets != IGNORED).sum()) if grid.tp_rank == 0 else 0
+        counts[1] = float(stop())
+        dist.all_reduce(counts)
+        targets, stopping = int(counts[0]), counts[1] > 0
+        # FSDP2 averages gradients over the data-parallel ranks; this makes it a sum over all targets.
+        scale = grid.dp_size / max(targets, 1)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        pieces = [batch.rows(first, first + self.micro) for first in range(0, len(batch), self.micro)]
+        for index, piece in enumerate(pieces):
+            synchronise_gradients(self.model, index == len(pieces) - 1)
+            key = DropoutKey(self.dropout_seed, piece.key)
+            loss = self.model(piece.tokens, piece.domain, piece.targets, key)
+            (loss * scale).backward()
+            total += loss.detach()
+        if grid.dp_size > 1:
+            for axis in ("dp_replicate", "dp_shard"):
+                dist.all_reduce(total, group=grid.group(axis))
+        mean = float(total) / max(targets, 1)
+        norm = self.optimizer.step(factor)
+        return StepResult(mean, norm, targets, bool(stopping))
+
+
+def check_finite(result: StepResult, where: str) -> None:
+    """Stops a run that has diverged.
+
+    Raises:
+        UserError: loss or gradient norm is not finite.
+    """
+    if not (abs(result.loss) < float("inf") and result.grad_norm < float("inf")):
+        raise UserError(
+            f"{where}: loss {result.loss} and gradient norm {result.grad_norm} are not finite; "
+            "the last checkpoint is intact: lower optim.lr or raise optim.warmup"
+        )
