@@ -80,7 +80,7 @@ def main(args: list[str] | None = None) -> None:
 
 def complain(message: str) -> None:
     """Writes one line to stderr; of the processes of a distributed run only the first does."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print("elle-mp: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
 
 

@@ -66,10 +66,12 @@ def test_a_user_error_is_one_line_and_exit_code_2(
     assert capsys.readouterr() == ("", "elle-mp: error: batch.micro: 3 does not divide 64; 4 would\n")
 
 
+@pytest.mark.parametrize("variable", ["RANK", "SLURM_PROCID"])
 def test_only_the_first_rank_speaks(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    variable: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv(variable, "1")
     assert exit_code(["pretrain"]) == 2
     assert capsys.readouterr() == ("", "")
 
