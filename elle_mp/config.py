@@ -6,6 +6,7 @@ Reading a file into this tree, with overrides and one-line errors, is :mod:`elle
 from __future__ import annotations
 
 from math import ceil
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -30,6 +31,8 @@ class RunConfig(Section):
     """The run directory."""
     seed: NonNegative = 1
     """Initial weights, growth noise, sample order, MLM masks and dropout depend on it and on nothing else."""
+    data: str = ""
+    """Folder in which the stream's relative ``data`` paths lie; the working directory when empty."""
 
 
 class ModelConfig(Section):
@@ -278,6 +281,11 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     stream: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+
+    def stage_data(self, stage: int) -> str:
+        """Where a stage's text is: ``builtin:NAME``, or a path with ``run.data`` in front when it is relative."""
+        data = self.stream[stage].data
+        return data if data.startswith("builtin:") or not self.run.data else str(Path(self.run.data) / data)
 
     def stage_model(self, stage: int) -> ModelConfig:
         """The model's sizes in stage ``stage``, all growths up to it applied."""

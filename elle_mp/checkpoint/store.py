@@ -85,8 +85,11 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def load(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, name: str, tensors: Mapping[str, Tensor], partial: bool = False) -> None:
         """Fills ``tensors`` in place, under whatever layout they have. The files' hashes are checked first.
+
+        Args:
+            partial: what else the checkpoint holds is left alone (a model without its optimizer).
 
         Raises:
             UserError: there is no such checkpoint, a file is damaged, or a tensor is missing, left over or of
@@ -102,6 +105,8 @@ class CheckpointStore:
         checked = together(check, doing)
         folder = checked[rank()][0]
         everywhere = set().union(*(names for _, names in checked))
+        if partial:
+            everywhere |= set(stored_tensors(folder))
         wanted = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
         together(lambda: check_fit(stored_tensors(folder), wanted, everywhere), doing)
         together(lambda: read_tensors(folder, tensors), doing)

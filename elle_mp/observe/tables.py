@@ -5,20 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
+
+
+NARROWEST = 100
+"""Columns that the tables need; a log or a pipe has no width of its own."""
+
+
+def make_console(first: bool = True) -> Console:
+    """Where results go: standard output of rank 0, wide enough for the tables when it is no terminal."""
+    console = Console(quiet=not first, highlight=False)
+    return console if console.is_terminal else Console(quiet=not first, highlight=False, width=NARROWEST)
 
 
 def stages_table(results: Mapping[str, Any]) -> Table:
     """One row a stage: its sizes, the perplexity of each seen domain, AP and AP+ (``results.json``)."""
     stages = results["stages"]
-    table = Table(title="Stages: perplexity of every seen domain after each stage")
-    table.add_column("stage")
+    table = Table(title="Perplexity of every seen domain after each stage", box=SIMPLE_HEAD)
+    table.add_column("stage", no_wrap=True)
     for name in ("layers", "heads", "width", "params", "tokens"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for stage in stages:
-        table.add_column(stage["domain"], justify="right")
-    table.add_column("AP", justify="right")
-    table.add_column("AP+", justify="right")
+        table.add_column(stage["domain"], justify="right", no_wrap=True)
+    table.add_column("AP", justify="right", no_wrap=True)
+    table.add_column("AP+", justify="right", no_wrap=True)
     for stage in stages:
         seen = [f"{stage['ppl'][other['domain']]:.2f}" if other["domain"] in stage["ppl"] else "" for other in stages]
         table.add_row(
@@ -26,8 +38,8 @@ def stages_table(results: Mapping[str, Any]) -> Table:
             str(stage["layers"]),
             str(stage["heads"]),
             str(stage["embed"]),
-            f"{stage['params'] / 1e6:.2f}M",
-            f"{stage['tokens'] / 1e6:.2f}M",
+            _millions(stage["params"]),
+            _millions(stage["tokens"]),
             *seen,
             f"{stage['ap']:.2f}",
             "" if stage["ap_plus"] is None else f"{stage['ap_plus']:+.2f}",
@@ -35,40 +47,46 @@ def stages_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+def _millions(count: float) -> str:
+    return f"{count / 1e6:.2f}M"
+
+
 def growth_table(results: Mapping[str, Any]) -> Table:
-    """One row for each domain seen before a growth: its perplexity before, after, and after recovery."""
-    table = Table(title="Growth: what it changed")
-    for name in ("before", "layers", "width", "how", "exact"):
-        table.add_column(name)
-    for name in ("logit diff", "domain", "ppl before", "after", "recovered", "seconds"):
+    """One block a growth, with a line for each domain seen before it: perplexity before, after, and recovered."""
+    table = Table(title="Growth: did the function stay?", box=SIMPLE_HEAD)
+    table.add_column("for", no_wrap=True)
+    table.add_column("layers", no_wrap=True)
+    table.add_column("width", no_wrap=True)
+    table.add_column("strategy", no_wrap=True)
+    for name in ("largest logit diff", "domain", "before", "after", "recovered"):
         table.add_column(name, justify="right")
     for stage in results["stages"]:
         growth = stage["growth"]
         if growth is None:
             continue
-        old, new = growth["from"], growth["to"]
+        old, new, recovered = growth["from"], growth["to"], growth["ppl_recovered"]
+        head = (
+            stage["domain"],
+            f"{old['layers']} > {new['layers']}",
+            f"{old['embed']} > {new['embed']}",
+            f"{growth['width']}/{growth['depth']}" + ("" if growth["exact"] else " (inexact)"),
+            f"{growth['max_logit_diff']:.1e} ({growth['max_logit_diff_rel']:.1e} rel.)",
+        )
         for index, domain in enumerate(growth["ppl_before"]):
-            first = index == 0
-            recovered = growth["ppl_recovered"]
             table.add_row(
-                stage["domain"] if first else "",
-                f"{old['layers']} > {new['layers']}" if first else "",
-                f"{old['embed']} > {new['embed']}" if first else "",
-                f"{growth['width']}\n{growth['depth']}" if first else "",
-                ("yes" if growth["exact"] else "no") if first else "",
-                f"{growth['max_logit_diff_rel']:.1e}" if first else "",
+                *(head if index == 0 else ("",) * len(head)),
                 domain,
                 f"{growth['ppl_before'][domain]:.4f}",
                 f"{growth['ppl_after'][domain]:.4f}",
                 "" if recovered is None else f"{recovered[domain]:.2f}",
-                f"{growth['seconds']:.2f}" if first else "",
             )
+        table.add_section()
     return table
 
 
 def evaluation_table(scores: Mapping[str, Any]) -> Table:
     """Perplexities of one checkpoint, AP and AP+ (``evaluate``)."""
-    table = Table(title="Perplexity")
+    table = Table(title="Perplexity", box=SIMPLE_HEAD)
     table.add_column("domain")
     table.add_column("perplexity", justify="right")
     for domain, value in scores["ppl"].items():

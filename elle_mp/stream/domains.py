@@ -30,9 +30,9 @@ def check_data(config: Config) -> None:
     Raises:
         UserError: a file is missing, a built-in is unknown, the memory holds no sample.
     """
-    for index, stage in enumerate(config.stream):
+    for index in range(len(config.stream)):
         try:
-            check_source(stage.data)
+            check_source(config.stage_data(index))
         except UserError as error:
             raise UserError(f"stream.{index}.data: {error}") from None
     if len(config.stream) > 1:
@@ -112,7 +112,7 @@ def open_domains(config: Config, run_dir: Path, say: Callable[[str], None]) -> D
     train, valid, memory = [], [], []
     for index, stage in enumerate(config.stream):
 
-        def prepare(name: str = stage.domain, data: str = stage.data) -> DomainData:
+        def prepare(name: str = stage.domain, data: str = config.stage_data(index)) -> DomainData:
             return prepare_domain(name, data, tokenizer, run_dir / "data")
 
         data = on_first_rank_then_all(prepare)
@@ -138,10 +138,9 @@ def _tokenizer(config: Config, run_dir: Path, say: Callable[[str], None]) -> Tok
         tokenizer = Tokenizer.load(Path(config.tokenizer.path))
         tokenizer.save(kept)
         return tokenizer
-    first = config.stream[0]
-    say(f"training a tokenizer of {config.tokenizer.vocab_size} pieces on {first.domain}")
+    say(f"training a tokenizer of {config.tokenizer.vocab_size} pieces on {config.stream[0].domain}")
     return train_sentencepiece(
-        read_documents(first.data, "train"),
+        read_documents(config.stage_data(0), "train"),
         config.tokenizer.vocab_size,
         kept,
         model_type=config.tokenizer.model_type,

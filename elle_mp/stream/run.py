@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
@@ -14,7 +15,7 @@ from elle_mp.growth.plan import make_plan
 from elle_mp.models.build import Precision
 from elle_mp.models.spec import ModelSpec
 from elle_mp.observe.journal import Journal
-from elle_mp.observe.tables import growth_table, stages_table
+from elle_mp.observe.tables import growth_table, make_console, stages_table
 from elle_mp.parallel.agreement import on_first_rank
 from elle_mp.parallel.mesh import start_distributed
 from elle_mp.stream.domains import check_data, open_domains
@@ -34,7 +35,7 @@ def pretrain(config_path: Path, overrides: Sequence[str] = ()) -> None:
     config = load_config(config_path, overrides)
     check_growth(config)
     device = start_distributed()
-    console = Console(quiet=dist.get_rank() != 0)
+    console = make_console(dist.get_rank() == 0)
     try:
         check_layout(config, dist.get_world_size())
         on_first_rank(lambda: check_data(config))
@@ -46,7 +47,7 @@ def pretrain(config_path: Path, overrides: Sequence[str] = ()) -> None:
         runner = StreamRunner(config, domains, run_dir, device, journal)
         finished = runner.run()
         if finished:
-            console.print(stages_table(runner.results()), growth_table(runner.results()))
+            print_results(console, runner.results())
             console.print(f"results: {run_dir / 'results.json'}")
         else:
             state = runner.state
@@ -54,6 +55,13 @@ def pretrain(config_path: Path, overrides: Sequence[str] = ()) -> None:
             console.print(STOPPED.format(stage=state.stage, domain=domain, phase=state.phase, step=state.step))
     finally:
         dist.destroy_process_group()
+
+
+def print_results(console: Console, results: Mapping[str, Any]) -> None:
+    """The table of stages and, when there was one, that of growths."""
+    console.print(stages_table(results))
+    if any(stage["growth"] for stage in results["stages"]):
+        console.print(growth_table(results))
 
 
 def check_growth(config: Config) -> None:
