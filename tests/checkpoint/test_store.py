@@ -169,7 +169,7 @@ def test_a_newer_format_is_not_taken_for_nothing(tmp_path: Path) -> None:
 
 
 def _die_at(call: int, folder: Path, name: str, value: float) -> bool:
-    """Saves in a child that ends itself by SIGKILL before its ``call``-th change of the disk; if it finished."""
+    """Saves in a child that kills itself before its ``call``-th change of the disk; if it finished."""
     child = os.fork()
     if child:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
