@@ -222,9 +222,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
         flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "").split()
         chosen = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
         processor = f"{names[0] if names else processor} ({', '.join(chosen)})"
@@ -244,7 +242,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table."""
     lines = [
-        "| family | dropout | elle_mp tokens/s | transformers tokens/s | ratio | lowest to highest of the pairs |",
+        "| family | dropout | elle_mp tokens/s | transformers tokens/s | ratio | lowest to highest (pairs) |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
@@ -257,9 +255,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", choices=("gpt", "bert"), default=["gpt", "bert"])
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
     parser.add_argument("--steps", type=int, default=7, help="measured pairs of steps")

@@ -52,9 +52,7 @@ def attention(
     _check_heads(first_head, local, heads)
     if _sdpa_is_better(q, dropout):
         return _sdpa(q, k, v, causal)
-    out = chunked_attention(
-        q.unflatten(2, (groups, local // groups)), k, v, causal, dropout, keys, first_head
-    )
+    out = chunked_attention(q.unflatten(2, (groups, local // groups)), k, v, causal, dropout, keys, first_head)
     return out.flatten(2, 3)
 
 

@@ -85,9 +85,7 @@ class _Rows:
             weights.mul_(self._mask(scores, sample, first)).mul_(keep_scale(self.dropout))
         scores.copy_(weights)
 
-    def backward(
-        self, scores: Tensor, grads: Tensor, lse: Tensor, sample: int, first: int, scale: float
-    ) -> None:
+    def backward(self, scores: Tensor, grads: Tensor, lse: Tensor, sample: int, first: int, scale: float) -> None:
         """Turns scores into dropped weights, and ``grads`` of these into gradients of ``q k^T``, in place."""
         native = self._native("softmax_backward", scores)
         if native is not None:

@@ -103,9 +103,7 @@ def dropout(x: Tensor, p: float, key: DropoutKey, first_row: int = 0) -> Tensor:
     if threshold(p) == 0:
         return x
     if x.dim() != 3 or key.samples.shape != (x.shape[0],):
-        raise ValueError(
-            f"dropout wants x [B, S, D] and B samples, got {tuple(x.shape)}, {tuple(key.samples.shape)}"
-        )
+        raise ValueError(f"dropout wants x [B, S, D] and B samples, got {tuple(x.shape)}, {tuple(key.samples.shape)}")
     out: Tensor = _Dropout.apply(x, p, sample_keys(key), first_row)
     return out
 
@@ -128,9 +126,7 @@ def apply_mask(x: Tensor, p: float, keys: Tensor, first_row: int) -> Tensor:
     keep = keep_mask(keys.to(x.device), first_row, x.shape[1], x.shape[2], p)
     # Multiplied in fp32 and rounded once, as the compiled kernel does.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.where(keep, x.to(wide) * keep_scale(p), torch.zeros((), dtype=wide, device=x.device)).to(
-        x.dtype
-    )
+    return torch.where(keep, x.to(wide) * keep_scale(p), torch.zeros((), dtype=wide, device=x.device)).to(x.dtype)
 
 
 _NATIVE = (torch.bfloat16, torch.float32, torch.float64)

@@ -45,9 +45,7 @@ def linear_cross_entropy(
     """
     size = vocab_start + table.shape[0] if vocab_size is None else vocab_size
     valid = min(max(size - vocab_start, 0), table.shape[0])
-    needs = tuple(
-        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, table, bias)
-    )
+    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, table, bias))
     out: Tensor = _LinearCrossEntropy.apply(hidden, table, bias, targets, vocab_start, valid, group, needs)
     return out
 
@@ -131,9 +129,7 @@ def _stats(logits: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """Maximum and sum of exp(x - maximum) of each row."""
     if logits.shape[1] == 0:
         shape = logits.shape[:1]
-        return torch.full(shape, float("-inf"), dtype=wide, device=logits.device), logits.new_zeros(
-            shape, dtype=wide
-        )
+        return torch.full(shape, float("-inf"), dtype=wide, device=logits.device), logits.new_zeros(shape, dtype=wide)
     native = helpers("logit_stats")
     if native is not None and _is_native(logits):
         top, total = torch.empty(2, logits.shape[0], dtype=wide)

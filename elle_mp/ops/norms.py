@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, stat_weights: Tensor | None = None
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, stat_weights: Tensor | None = None) -> Tensor:
     """LayerNorm (arXiv 1607.06450) over the last dimension; statistics in fp32 (fp64 for fp64 input).
 
     Args:
@@ -40,15 +38,13 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _leading(x: Tensor) -> list[int]:
-    return list(range(x.dim() - 1))
+def _over_rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).sum(0)
 
 
 class _WeightedLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stat_weights: Tensor, eps: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stat_weights: Tensor, eps: float) -> Tensor:
         wide = _wide(x)
         w = stat_weights.to(wide.dtype)
         centred = wide - (wide @ w)[..., None]
@@ -63,8 +59,8 @@ class _WeightedLayerNorm(torch.autograd.Function):
         x, weight, w, rstd = ctx.saved_tensors
         wide, dy = _wide(x), _wide(grad)
         normal = (wide - (wide @ w)[..., None]).mul_(rstd)
-        d_weight = (dy * normal).sum(_leading(x)).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        d_bias = dy.sum(_leading(x)).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        d_weight = _over_rows(dy * normal).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_bias = _over_rows(dy).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         if not ctx.needs_input_grad[0]:
             return None, d_weight, d_bias, None, None
         dn = dy * weight
@@ -87,7 +83,7 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         normal, dy = _wide(x) * rstd, _wide(grad)
-        d_weight = (dy * normal).sum(_leading(x)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_weight = _over_rows(dy * normal).to(weight.dtype) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, d_weight, None
         dn = dy * weight
