@@ -273,7 +273,7 @@ class Config(Section):
     memory: MemoryConfig = MemoryConfig()
     growth: GrowthConfig = GrowthConfig()
     optim: OptimConfig = OptimConfig()
-    batch: BatchConfig = BatchConfig()
+    batch: BatchConfig = BatchConfig.model_validate({})
     precision: Literal["bf16", "fp32", "fp64"] = "bf16"
     """Of the computation; masters are fp32 (fp64 in fp64 runs)."""
     parallel: ParallelConfig = ParallelConfig()

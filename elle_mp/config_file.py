@@ -33,8 +33,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not YAML: {getattr(error, 'problem', error)}") from None
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(f"{place}: not YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: the configuration is empty; see configs/ for examples")
     lines: dict[Location, int] = {}
@@ -151,9 +151,9 @@ def _known_keys(location: Location) -> list[str]:
 
 def _section_of(annotation: Any) -> type[BaseModel]:
     """The section class inside an annotation such as ``tuple[StageConfig, ...]`` or ``GrowConfig | None``."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        if issubclass(annotation, BaseModel):
-            return annotation
+    plain = isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias)
+    if plain and issubclass(annotation, BaseModel):
+        return typing.cast(type[BaseModel], annotation)
     for inner in typing.get_args(annotation):
         if inner is not Ellipsis and inner is not type(None):
             return _section_of(inner)
@@ -185,7 +185,9 @@ def _check_stages(config: Config, where: typing.Callable[[Location], str]) -> No
         if stage.grow is not None:
             model = _checked_growth(model, stage.grow, where, (*place, "grow"))
     if config.stream[0].recover.steps:
-        raise UserError(f"{where(('stream', 0, 'recover'))}: stream.0.recover: the first domain has no memory to recover on")
+        raise UserError(
+            f"{where(('stream', 0, 'recover'))}: stream.0.recover: the first domain has no memory to recover on"
+        )
 
 
 def _checked_growth(model: Any, grow: Any, where: typing.Callable[[Location], str], place: Location) -> Any:
@@ -202,13 +204,14 @@ def _checked_growth(model: Any, grow: Any, where: typing.Callable[[Location], st
     ):
         if after < before:
             raise UserError(
-                f"{where((*place, name))}: {dotted}.{name}={after} is smaller than {before}, what the stage before has; "
+                f"{where((*place, name))}: {dotted}.{name}={after} is smaller than {before} before; "
                 f"a model only grows: {before} or more"
             )
     if new.heads // new.groups < model.heads // model.groups:
         raise UserError(
-            f"{where(place)}: {dotted}: {new.heads} heads over {new.groups} kv_groups are {new.heads // new.groups} a group, "
-            f"fewer than {model.heads // model.groups} before; heads={model.heads // model.groups * new.groups} would do"
+            f"{where(place)}: {dotted}: {new.heads} heads over {new.groups} kv_groups are {new.heads // new.groups} a "
+            f"group, fewer than {model.heads // model.groups} before; "
+            f"heads={model.heads // model.groups * new.groups} would do"
         )
     return new
 
@@ -245,8 +248,8 @@ def data_parallel_replicas(layout: ParallelConfig, world_size: int, prefix: str 
     if layout.dp_replicate == "auto":
         if world_size % used:
             raise UserError(
-                f"{prefix}: tp={layout.tp} x dp_shard={layout.dp_shard} = {used} ranks do not divide the {world_size} that "
-                f"run; start {nearest_multiples(used, world_size)} (torchrun --nproc-per-node)"
+                f"{prefix}: tp={layout.tp} x dp_shard={layout.dp_shard} = {used} ranks do not divide the {world_size} "
+                f"that run; start {nearest_multiples(used, world_size)} (torchrun --nproc-per-node)"
             )
         return world_size // used
     if used * layout.dp_replicate != world_size:
@@ -261,9 +264,14 @@ def data_parallel_replicas(layout: ParallelConfig, world_size: int, prefix: str 
 def _check_sizes(config: Config, index: int, layout: ParallelConfig, prefix: str) -> None:
     model = config.stage_model(index)
     name = "kv_groups" if model.kv_groups else "heads"
-    for what, size in ((name, model.groups), ("mlp", model.mlp_size), ("vocab_multiple", model.vocab_multiple)):
+    for what, size in (
+        (name, model.groups),
+        ("mlp", model.mlp_size),
+        ("vocab_multiple", model.vocab_multiple),
+    ):
         if size % layout.tp:
+            stage = f"stage {index} ({config.stream[index].domain})"
             raise UserError(
-                f"{prefix}.tp={layout.tp} does not divide {what}={size} of stage {index} ({config.stream[index].domain}); "
+                f"{prefix}.tp={layout.tp} does not divide {what}={size} of {stage}; "
                 f"{what}={nearest_multiples(layout.tp, size)} or tp={nearest_divisors(size, layout.tp)} would do"
             )

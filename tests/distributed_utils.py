@@ -108,9 +108,7 @@ class _Pool:
             worker.kill()
         self.workers = []
 
-    def run(
-        self, fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout: float
-    ) -> list[Any]:
+    def run(self, fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout: float) -> list[Any]:
         dead = [worker for worker in self.workers if worker.process.poll() is not None]
         for worker in dead:
             self._discard(worker)
@@ -256,9 +254,7 @@ def _serve() -> None:
             call = pickle.loads(calls.recv_bytes())
         except EOFError:
             os._exit(0)
-        faulthandler.dump_traceback_later(
-            call[-1] + 60, exit=True
-        )  # outlives nobody, should the parent be killed
+        faulthandler.dump_traceback_later(call[-1] + 60, exit=True)  # outlives nobody, should the parent be killed
         try:
             results.send_bytes(_serve_one(call))
         except BaseException:

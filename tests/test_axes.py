@@ -23,9 +23,7 @@ SIZES = {
 
 
 def test_a_dimension_is_the_product_of_its_axes() -> None:
-    qkv = ParamSpec(
-        (Dim((Axis.KV_GROUPS, Axis.SLOT, Axis.HEAD_DIM), Role.WRITE), Dim((Axis.EMBED,), Role.READ))
-    )
+    qkv = ParamSpec((Dim((Axis.KV_GROUPS, Axis.SLOT, Axis.HEAD_DIM), Role.WRITE), Dim((Axis.EMBED,), Role.READ)))
     assert qkv.shape(SIZES) == (60, 6)
     assert qkv.dims[0].outer is Axis.KV_GROUPS
     assert ParamSpec(()).shape(SIZES) == ()
@@ -44,9 +42,7 @@ def test_a_dimension_is_the_product_of_its_axes() -> None:
         (((Axis.DOMAINS,), (Axis.TOKENS,), (Axis.EMBED,)), None),
     ],
 )
-def test_tensor_parallelism_cuts_the_outermost_axis(
-    dims: tuple[tuple[Axis, ...], ...], cut: int | None
-) -> None:
+def test_tensor_parallelism_cuts_the_outermost_axis(dims: tuple[tuple[Axis, ...], ...], cut: int | None) -> None:
     assert ParamSpec(tuple(Dim(axes) for axes in dims)).tensor_parallel_dim == cut
 
 

@@ -37,7 +37,7 @@ eval:      {every: 200, batches: 20}
 stream:
   - {domain: docs, data: "builtin:docs", steps: 200}
   - {domain: code, data: "builtin:code", steps: 150, grow: {layers: 6, heads: 6}, recover: {steps: 30}}
-"""  # noqa: E501
+"""
 
 
 def write(folder: Path, text: str) -> Path:

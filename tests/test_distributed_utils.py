@@ -27,9 +27,7 @@ def _matmul_over_a_mesh(groups_before: int) -> torch.Tensor:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     x = torch.arange(48, dtype=torch.float64).reshape(8, 6)
     w = torch.arange(24, dtype=torch.float64).reshape(6, 4)
-    product = distribute_tensor(x, mesh, [Shard(0), Replicate()]) @ distribute_tensor(
-        w, mesh, [Replicate(), Shard(1)]
-    )
+    product = distribute_tensor(x, mesh, [Shard(0), Replicate()]) @ distribute_tensor(w, mesh, [Replicate(), Shard(1)])
     return product.redistribute(mesh, [Replicate(), Shard(0)]).full_tensor()
 
 
@@ -69,9 +67,7 @@ def test_results_come_by_rank_and_processes_are_reused() -> None:
 
 
 def test_a_mesh_of_the_next_call_is_not_the_dead_one() -> None:
-    expected = torch.arange(48, dtype=torch.float64).reshape(8, 6) @ torch.arange(
-        24, dtype=torch.float64
-    ).reshape(6, 4)
+    expected = torch.arange(48, dtype=torch.float64).reshape(8, 6) @ torch.arange(24, dtype=torch.float64).reshape(6, 4)
     for groups_before in (0, 3, 1):
         for result in run_distributed(_matmul_over_a_mesh, 4, groups_before):
             assert torch.equal(result, expected)

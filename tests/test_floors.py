@@ -37,9 +37,7 @@ def test_the_floors_hold() -> None:
 )
 def test_a_breach_is_found(tmp_path: Path, file: str, line: str, complaint: str) -> None:
     pytest.importorskip("importlinter")
-    shutil.copytree(
-        ROOT / "elle_mp", tmp_path / "elle_mp", ignore=shutil.ignore_patterns("*.so", "__pycache__")
-    )
+    shutil.copytree(ROOT / "elle_mp", tmp_path / "elle_mp", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with (tmp_path / "elle_mp" / file).open("a") as out:
         out.write(f"\n{line}\n")

@@ -56,9 +56,7 @@ class CheckpointStore:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
 
-    def save(
-        self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], permanent: bool = False
-    ) -> None:
+    def save(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], permanent: bool = False) -> None:
         """Writes a checkpoint and makes it the latest; one of the same name is replaced at the very end.
 
         Args:
@@ -226,9 +224,7 @@ class CheckpointStore:
         permanent: bool,
         files: dict[str, dict[str, Any]],
     ) -> None:
-        serials = [
-            self._manifest(folder).serial for folder in self._folders().values() if (folder / META).is_file()
-        ]
+        serials = [self._manifest(folder).serial for folder in self._folders().values() if (folder / META).is_file()]
         manifest = {
             "format": FORMAT,
             "serial": max(serials, default=0) + 1,

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Train a tokenizer; tokenise, inspect and check text.", no_args_is_help=True)
 
-Source = Annotated[
-    str, typer.Option("--input", help=".jsonl, .txt, a folder with train/valid, or builtin:NAME.")
-]
+Source = Annotated[str, typer.Option("--input", help=".jsonl, .txt, a folder with train/valid, or builtin:NAME.")]
 
 
 @app.command("train-tokenizer")
@@ -93,9 +91,7 @@ def show_lengths(dataset: IndexedDataset) -> None:
     if not len(dataset):
         return
     lengths = dataset.lengths
-    typer.echo(
-        f"lengths    shortest {lengths.min()}, median {int(np.median(lengths))}, longest {lengths.max()}"
-    )
+    typer.echo(f"lengths    shortest {lengths.min()}, median {int(np.median(lengths))}, longest {lengths.max()}")
     buckets = np.bincount(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int))
     for power, count in enumerate(buckets.tolist()):
         if count:

@@ -16,9 +16,9 @@ COLOURS = {"ok": "green", "optional": "yellow", "missing": "bold red", "broken":
 
 
 def doctor(
-    run_dir: Annotated[
-        Path, typer.Option("--run-dir", metavar="FOLDER", help="Where runs will be written.")
-    ] = Path("runs"),
+    run_dir: Annotated[Path, typer.Option("--run-dir", metavar="FOLDER", help="Where runs will be written.")] = Path(
+        "runs"
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """What is installed, built and reachable; how to get the rest. Exit code 1: a required thing fails."""

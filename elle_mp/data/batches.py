@@ -42,9 +42,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device."""
-        moved = [
-            item.to(device, non_blocking=True) for item in (self.tokens, self.targets, self.domain, self.key)
-        ]
+        moved = [item.to(device, non_blocking=True) for item in (self.tokens, self.targets, self.domain, self.key)]
         return Batch(*moved)
 
     def __len__(self) -> int:

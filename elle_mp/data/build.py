@@ -229,15 +229,11 @@ def open_prefix(domain: str, prefix: Path, tokenizer: Tokenizer) -> DomainData:
     dataset = IndexedDataset(prefix)
     about = read_manifest(prefix)
     if about is not None and about.get("tokenizer") != tokenizer.fingerprint:
-        raise UserError(
-            f"{prefix}: tokenised with another tokenizer than the run's; build it again with the run's own"
-        )
+        raise UserError(f"{prefix}: tokenised with another tokenizer than the run's; build it again with the run's own")
     if about is None:
         check_token_range(dataset, tokenizer.vocab_size)
     if len(dataset) < 2:
-        raise UserError(
-            f"{prefix}: {len(dataset)} documents; at least two are needed, one of them as valid text"
-        )
+        raise UserError(f"{prefix}: {len(dataset)} documents; at least two are needed, one of them as valid text")
     cut = int(np.searchsorted(dataset.starts, (1 - VALID_SHARE) * dataset.num_tokens))
     cut = min(max(cut, 1), len(dataset) - 1)
     return DomainData(domain, dataset.part(0, cut), dataset.part(cut, len(dataset)))
@@ -274,9 +270,7 @@ def verify_prefix(prefix: Path, tokenizer: Tokenizer | None = None) -> list[str]
             )
         done.append("checksum: as the manifest says")
     if tokenizer is not None and about is not None and about.get("tokenizer") != tokenizer.fingerprint:
-        raise UserError(
-            f"{prefix}: tokenised with another tokenizer; build it again, or give the one it was made with"
-        )
+        raise UserError(f"{prefix}: tokenised with another tokenizer; build it again, or give the one it was made with")
     vocab_size = tokenizer.vocab_size if tokenizer is not None else (about or {}).get("vocab_size")
     if vocab_size is None:
         done.append("token range: not checked, give --tokenizer")
@@ -284,9 +278,5 @@ def verify_prefix(prefix: Path, tokenizer: Tokenizer | None = None) -> list[str]
         check_token_range(dataset, int(vocab_size))
         done.append(f"token range: every id below {vocab_size}")
     if tokenizer is not None:
-        done.append(
-            "tokenizer: matches"
-            if about is not None
-            else "tokenizer: ids fit; which one made them is unknown"
-        )
+        done.append("tokenizer: matches" if about is not None else "tokenizer: ids fit; which one made them is unknown")
     return done

@@ -101,9 +101,7 @@ def read_builtin(name: str, split: Literal["train", "valid", "all"]) -> Iterator
         if max(room.values()) <= 0:
             break
     if empty:
-        raise UserError(
-            f"builtin:{name}: this installation has no source files for it; give a file or folder"
-        )
+        raise UserError(f"builtin:{name}: this installation has no source files for it; give a file or folder")
 
 
 def side_of(key: int) -> Literal["train", "valid"]:
@@ -196,11 +194,7 @@ def topic_texts(tree: ast.Module) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
-                if (
-                    isinstance(key, ast.Constant)
-                    and isinstance(value, ast.Constant)
-                    and isinstance(value.value, str)
-                ):
+                if isinstance(key, ast.Constant) and isinstance(value, ast.Constant) and isinstance(value.value, str):
                     yield str(key.value), value.value.strip("\n")
 
 

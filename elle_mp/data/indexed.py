@@ -71,9 +71,7 @@ class IndexedDataset:
         """[documents] tokens of each document."""
         total = int(self.starts[-1])
         path = bin_path(prefix)
-        self.tokens: NDArray[Any] = (
-            np.memmap(path, dtype, "r", shape=(total,)) if total else np.empty(0, dtype)
-        )
+        self.tokens: NDArray[Any] = np.memmap(path, dtype, "r", shape=(total,)) if total else np.empty(0, dtype)
         """[tokens] the whole stream."""
 
     def __len__(self) -> int:
@@ -109,16 +107,12 @@ def read_index(prefix: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], np.d
     with file_errors("read", index):
         raw = index.read_bytes()
     if not raw.startswith(MAGIC):
-        raise UserError(
-            f"{index}: not a Megatron index (its magic is not MMIDIDX); build it with 'elle-mp data build'"
-        )
+        raise UserError(f"{index}: not a Megatron index (its magic is not MMIDIDX); build it with 'elle-mp data build'")
     if len(raw) < HEADER.size:
         raise UserError(f"{index}: truncated: {len(raw)} bytes, its header has {HEADER.size}; build it again")
     _, version, code, sequences, documents = HEADER.unpack_from(raw)
     if version != VERSION or code not in DTYPES or DTYPES[code].kind == "f":
-        raise UserError(
-            f"{index}: version {version} with dtype code {code}; known: {VERSION}, integer tokens"
-        )
+        raise UserError(f"{index}: version {version} with dtype code {code}; known: {VERSION}, integer tokens")
     if len(raw) < HEADER.size + 12 * sequences + 8 * documents:
         raise UserError(f"{index}: truncated: {len(raw)} bytes for {sequences} sequences; build it again")
     lengths = np.frombuffer(raw, "<i4", sequences, HEADER.size).astype(np.int64)
@@ -127,9 +121,7 @@ def read_index(prefix: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], np.d
     dtype = DTYPES[code]
     ends = np.cumsum(lengths) * dtype.itemsize
     if (lengths < 0).any() or not np.array_equal(places, ends - lengths * dtype.itemsize):
-        raise UserError(
-            f"{index}: its sequences do not follow each other in the .bin; build it again in one piece"
-        )
+        raise UserError(f"{index}: its sequences do not follow each other in the .bin; build it again in one piece")
     if documents < 1 or bounds[0] != 0 or bounds[-1] != sequences or (np.diff(bounds) < 0).any():
         raise UserError(f"{index}: its document bounds do not fit its {sequences} sequences; build it again")
     size, wanted = data.stat().st_size, int(ends[-1]) if sequences else 0
@@ -163,9 +155,7 @@ class IndexedWriter:
     def add(self, tokens: NDArray[Any]) -> None:
         """Appends one document [n]."""
         if tokens.size > 2**31 - 1:
-            raise UserError(
-                f"a document of {tokens.size} tokens is too long for the .idx format; cut it in two"
-            )
+            raise UserError(f"a document of {tokens.size} tokens is too long for the .idx format; cut it in two")
         with file_errors("write", bin_path(self.prefix)):
             self._handle.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
         self.lengths.append(int(tokens.size))

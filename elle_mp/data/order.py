@@ -101,9 +101,7 @@ class PhaseOrder:
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.new < 0 or not 0 <= self.replay <= 1:
-            raise ValueError(
-                f"needed: batch {self.batch} >= 1, new {self.new} >= 0, replay {self.replay} in [0, 1]"
-            )
+            raise ValueError(f"needed: batch {self.batch} >= 1, new {self.new} >= 0, replay {self.replay} in [0, 1]")
         if any(count < 1 for count in self.memories):
             raise ValueError("every memory needs at least one sample")
         if self.new == 0 and not self.memories:

@@ -27,9 +27,7 @@ class PackedSamples:
         stride: from one beginning to the next; ``length`` when not given.
     """
 
-    def __init__(
-        self, dataset: IndexedDataset | NDArray[Any], length: int, stride: int | None = None
-    ) -> None:
+    def __init__(self, dataset: IndexedDataset | NDArray[Any], length: int, stride: int | None = None) -> None:
         self.stream = dataset.tokens if isinstance(dataset, IndexedDataset) else dataset
         self.length = length
         self.stride = stride or length

@@ -73,9 +73,7 @@ def source_files(data: str, split: Split) -> list[Path]:
     path = Path(data)
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise UserError(
-                f"{path}: unknown kind of data; give .jsonl, .txt, a folder, .bin/.idx or builtin:NAME"
-            )
+            raise UserError(f"{path}: unknown kind of data; give .jsonl, .txt, a folder, .bin/.idx or builtin:NAME")
         return [path]
     if not path.is_dir():
         raise UserError(
@@ -83,9 +81,7 @@ def source_files(data: str, split: Split) -> list[Path]:
         )
     train, valid = (folder_part(path, name) for name in ("train", "valid"))
     if not train:
-        raise UserError(
-            f"{path}: the folder has no train.jsonl, train.txt or train/ with .jsonl or .txt files in it"
-        )
+        raise UserError(f"{path}: the folder has no train.jsonl, train.txt or train/ with .jsonl or .txt files in it")
     if split == "all":
         return train + valid
     return valid if split == "valid" and valid else train
@@ -117,9 +113,7 @@ def read_documents(data: str, split: Split = "train") -> Iterator[str]:
         yield from builtin.read_builtin(data[len(BUILTIN) :], split)
         return
     if indexed_prefix(data) is not None:
-        raise UserError(
-            f"{data} is tokenised already (.bin/.idx); text is needed here: give .jsonl, .txt or a folder"
-        )
+        raise UserError(f"{data} is tokenised already (.bin/.idx); text is needed here: give .jsonl, .txt or a folder")
     files = source_files(data, split)
     if split == "all" or has_valid_part(data):
         yield from not_empty(read_files(files), data)
@@ -129,9 +123,7 @@ def read_documents(data: str, split: Split = "train") -> Iterator[str]:
 
 def read_files(files: Iterable[Path]) -> Iterator[str]:
     """The documents of several files, one after the other."""
-    return chain.from_iterable(
-        read_jsonl(path) if path.suffix == ".jsonl" else read_text(path) for path in files
-    )
+    return chain.from_iterable(read_jsonl(path) if path.suffix == ".jsonl" else read_text(path) for path in files)
 
 
 def not_empty(documents: Iterator[str], data: str) -> Iterator[str]:
@@ -210,14 +202,10 @@ def read_jsonl(path: Path) -> Iterator[str]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            raise UserError(
-                f'{path}:{number}: not JSON ({why}); each line must be like {{"text": "..."}}'
-            ) from error
+            raise UserError(f'{path}:{number}: not JSON ({why}); each line must be like {{"text": "..."}}') from error
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
-            raise UserError(
-                f'{path}:{number}: no "text" string in this line; each line must be like {{"text": "..."}}'
-            )
+            raise UserError(f'{path}:{number}: no "text" string in this line; each line must be like {{"text": "..."}}')
         if text:
             yield clean(text)
 
@@ -242,9 +230,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8"
-                ) from error
+                raise UserError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
             yield number, line
 
 

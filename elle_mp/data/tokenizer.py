@@ -95,13 +95,9 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[NDArray[np.int64]]:
         """:meth:`encode` of each text, on ``threads`` threads (default: those of this process, at most 8)."""
         if threads is None:
-            threads = min(
-                8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            )
+            threads = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         plain = [index for index, text in enumerate(texts) if META_SYMBOL not in text]
-        encoded = dict(
-            zip(plain, self._pieces.encode([texts[i] for i in plain], num_threads=threads), strict=True)
-        )
+        encoded = dict(zip(plain, self._pieces.encode([texts[i] for i in plain], num_threads=threads), strict=True))
         return [
             np.asarray(encoded[index] if index in encoded else self._encode(text), dtype=np.int64)
             for index, text in enumerate(texts)

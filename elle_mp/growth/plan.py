@@ -125,7 +125,10 @@ def _choose_width(old: ModelSpec, new: ModelSpec, wanted: str, where: str) -> tu
     same = all(getattr(old, key) == getattr(new, key) for key in ("kv_groups", "queries", "embed", "mlp"))
     divides = new.embed % old.embed == 0
     if wanted == "elle":
-        return "elle", None if same else "growth.width elle: random maps under plain norm statistics, and copy noise"
+        return (
+            "elle",
+            None if same else "growth.width elle: random maps under plain norm statistics, and copy noise",
+        )
     if wanted == "auto":
         wanted = "replicate" if divides else "iso" if old.rms_norm else "weighted"
     sizes = f"width {old.embed} -> {new.embed}"
@@ -133,7 +136,9 @@ def _choose_width(old: ModelSpec, new: ModelSpec, wanted: str, where: str) -> tu
         other = "iso" if old.rms_norm else "weighted"
         raise UserError(f"{where}.width=replicate: {sizes} is no whole multiple; {other} is exact there")
     if wanted == "iso" and not old.rms_norm:
-        raise UserError(f"{where}.width=iso is exact for RMSNorm only, and {old.family} has LayerNorm; weighted would do")
+        raise UserError(
+            f"{where}.width=iso is exact for RMSNorm only, and {old.family} has LayerNorm; weighted would do"
+        )
     if wanted == "weighted" and old.rms_norm:
         raise UserError(f"{where}.width=weighted is for LayerNorm, and {old.family} has RMSNorm; iso would do")
     return wanted, None
@@ -146,8 +151,9 @@ def _choose_depth(old: ModelSpec, new: ModelSpec, wanted: str, where: str) -> tu
         added = new.layers - old.layers
         if added > old.layers - len(old.duplicated) and added:
             raise UserError(
-                f"{where}.depth=elle duplicates each layer once per doubling: {old.layers - len(old.duplicated)} are left, "
-                f"not {added}; at most {2 * old.layers - len(old.duplicated)} layers would do"
+                f"{where}.depth=elle duplicates each layer once per doubling: "
+                f"{old.layers - len(old.duplicated)} are left, not {added}; "
+                f"at most {2 * old.layers - len(old.duplicated)} layers would do"
             )
         return "elle", "growth.depth elle: duplicated layers are not the identity" if added else None
     if wanted not in ("auto", fitting):
@@ -204,8 +210,6 @@ def _place_layers(
     if depth != "elle" or new.layers % (max(lineage) + 1) == 0:
         lineage, duplicated = (tuple(range(new.layers)), ()) if new.layers != old.layers else (lineage, duplicated)
     gated = tuple(
-        index
-        for index in range(new.layers)
-        if (inserted[index] and depth == "gate") or source[index] in old.gated
+        index for index in range(new.layers) if (inserted[index] and depth == "gate") or source[index] in old.gated
     )
     return tuple(source), tuple(inserted), replace(new, gated=gated, lineage=lineage, duplicated=duplicated)

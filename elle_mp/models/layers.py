@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from elle_mp.axes import Axis, Dim, ParamSpec, Role
 from elle_mp.models.spec import ModelSpec
-from elle_mp.ops.attention import attention
+from elle_mp.ops.activations import gelu
+from elle_mp.ops.attention import attention, packed_attention
 from elle_mp.ops.dropout import DropoutKey
 from elle_mp.ops.norms import layer_norm, rms_norm
 from elle_mp.parallel.collectives import copy_to_tp, reduce_from_tp
@@ -95,28 +97,29 @@ class Attention(ShardedModule):
         inputs = copy_to_tp(x, self.tp_group)
         qkv = F.linear(inputs, self.local("qkv_weight"), self.local("qkv_bias") if spec.biases else None)
         qkv = qkv.view(batch, length, groups, spec.queries + 2, spec.head_dim)
-        if spec.queries == 1:
-            q = qkv[:, :, :, 0]
-        else:
-            q = qkv[:, :, :, : spec.queries].reshape(batch, length, groups * spec.queries, spec.head_dim)
-        k, v = qkv[:, :, :, spec.queries], qkv[:, :, :, spec.queries + 1]
-        if shared.rotary is not None:
-            q, k = rotate(q, *shared.rotary), rotate(k, *shared.rotary)
-        dropout = spec.attention_dropout if shared.dropout is not None else 0.0
         heads = groups * spec.queries
-        mixed = attention(
-            q,
-            k,
-            v,
-            causal=spec.causal,
-            dropout=dropout,
-            key=shared.site(self.site),
-            first_head=self.grid.tp_rank * heads,
-            heads=spec.heads,
-        )
+        mixed = self._attend(qkv, shared, heads)
         out = F.linear(mixed.reshape(batch, length, heads * spec.head_dim), self.local("out_weight"))
         out = reduce_from_tp(out, self.tp_group)
         return out + self.local("out_bias") if spec.biases else out
+
+    def _attend(self, qkv: Tensor, shared: Pass, heads: int) -> Tensor:
+        """Attention of ``qkv [B, S, G, slots, head_dim]``: ``[B, S, heads, head_dim]``."""
+        spec = self.spec
+        dropout = spec.attention_dropout if shared.dropout is not None else 0.0
+        key, first_head = shared.site(self.site), self.grid.tp_rank * heads
+        masks: dict[str, Any] = {
+            "causal": spec.causal,
+            "dropout": dropout,
+            "key": key,
+            "first_head": first_head,
+            "heads": spec.heads,
+        }
+        if shared.rotary is None:
+            return packed_attention(qkv, **masks)
+        q = qkv[:, :, :, : spec.queries].reshape(*qkv.shape[:2], heads, spec.head_dim)
+        k, v = qkv[:, :, :, spec.queries], qkv[:, :, :, spec.queries + 1]
+        return attention(rotate(q, *shared.rotary), rotate(k, *shared.rotary), v, **masks)
 
 
 class Mlp(ShardedModule):
@@ -141,7 +144,7 @@ class Mlp(ShardedModule):
             gate, up = inner.view(*inner.shape[:-1], -1, 2).unbind(-1)
             inner = F.silu(gate) * up
         else:
-            inner = F.gelu(inner, approximate="tanh" if spec.family == "gpt" else "none")
+            inner = gelu(inner, tanh=spec.family == "gpt")
         out = reduce_from_tp(F.linear(inner, self.local("out_weight")), self.tp_group)
         return out + self.local("out_bias") if spec.biases else out
 

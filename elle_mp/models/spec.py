@@ -73,7 +73,10 @@ class ModelSpec:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ModelSpec:
         """The inverse of :meth:`to_json`."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+        }
+        return cls(**plain)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint's metadata."""
@@ -138,7 +141,7 @@ class ModelSpec:
         }
 
 
-def sizes_of(model: ModelConfig) -> dict[str, int]:
+def sizes_of(model: ModelConfig) -> dict[str, Any]:
     """The sizes that growth changes, as fields of :class:`ModelSpec`."""
     return {
         "layers": model.layers,

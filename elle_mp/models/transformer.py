@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from elle_mp.axes import Axis, Dim, ParamSpec, Role
 from elle_mp.models.layers import INIT_STD, Attention, Mlp, Norm, Pass, bias, matrix, rotary_table
 from elle_mp.models.spec import ModelSpec
+from elle_mp.ops.activations import gelu
 from elle_mp.ops.dropout import DropoutKey, dropout
 from elle_mp.ops.embedding import lookup
 from elle_mp.ops.linear_cross_entropy import linear_cross_entropy
@@ -64,7 +65,7 @@ class MlmHead(ShardedModule):
 
     def forward(self, x: Tensor, shared: Pass) -> Tensor:
         """Maps hidden states ``[..., D]`` to what the table reads."""
-        return self.norm(F.gelu(F.linear(x, self.local("dense_weight"), self.local("dense_bias"))), shared)
+        return self.norm(gelu(F.linear(x, self.local("dense_weight"), self.local("dense_bias"))), shared)
 
 
 class Transformer(ShardedModule):
@@ -84,8 +85,8 @@ class Transformer(ShardedModule):
             dims = (Dim((Axis.POSITIONS,)), Dim((Axis.EMBED,), Role.WRITE))
             self.declare("position_table", ParamSpec(dims, std=INIT_STD))
         if spec.prompt_tokens:
-            dims = (Dim((Axis.DOMAINS,)), Dim((Axis.TOKENS,)), Dim((Axis.EMBED,), Role.WRITE))
-            self.declare("prompt_table", ParamSpec(dims, std=INIT_STD))
+            prompt = (Dim((Axis.DOMAINS,)), Dim((Axis.TOKENS,)), Dim((Axis.EMBED,), Role.WRITE))
+            self.declare("prompt_table", ParamSpec(prompt, std=INIT_STD))
         if not spec.pre_norm:
             self.embedding_norm = Norm(grid, spec, dtype)
         self.layers = nn.ModuleDict({str(index): Block(grid, spec, dtype, index) for index in range(spec.layers)})

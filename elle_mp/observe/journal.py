@@ -26,7 +26,13 @@ class Place:
 
     def fields(self) -> dict[str, Any]:
         """The leading fields of every line."""
-        return {"step": self.step, "stage": self.stage, "phase": self.phase, "domain": self.domain, "tokens": self.tokens}
+        return {
+            "step": self.step,
+            "stage": self.stage,
+            "phase": self.phase,
+            "domain": self.domain,
+            "tokens": self.tokens,
+        }
 
 
 class Journal:
@@ -123,9 +129,11 @@ class Journal:
         old, new = record["from"], record["to"]
         kind = "exact" if record["exact"] else "not exact"
         self.say(
-            f"grew for {domain}: layers {old['layers']} -> {new['layers']}, heads {old['heads']} -> {new['heads']}, width "
-            f"{old['embed']} -> {new['embed']}, {old['params'] / 1e6:.2f} M -> {new['params'] / 1e6:.2f} M parameters; "
-            f"{record['width']}/{record['depth']}, {kind}: largest logit difference {record['max_logit_diff_rel']:.1e} relative"
+            f"grew for {domain}: layers {old['layers']} -> {new['layers']}, heads {old['heads']} -> {new['heads']}, "
+            f"width {old['embed']} -> {new['embed']}, "
+            f"{old['params'] / 1e6:.2f} M -> {new['params'] / 1e6:.2f} M parameters; "
+            f"{record['width']}/{record['depth']}, {kind}: "
+            f"largest logit difference {record['max_logit_diff_rel']:.1e} relative"
         )
 
     def results(self, results: dict[str, Any]) -> None:

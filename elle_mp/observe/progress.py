@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -18,35 +19,43 @@ class Progress:
 
     Args:
         console: where to; standard output when not given.
+        log_seconds: time between two lines where there is no terminal.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, log_seconds: float = LOG_SECONDS) -> None:
         self.console = console or Console(highlight=False)
+        self.log_seconds = log_seconds
         self._bar: RichProgress | None = None
-        self._label, self._done, self._total = "", 0, 0
-        self._said = 0.0
+        self._label, self._started, self._total = "", 0, 0
+        self._began = self._said = 0.0
 
     def say(self, text: str) -> None:
-        """Prints a line (above the bar, when there is one)."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        """Prints a line (above the bar, when there is one), as it is: brackets and colons mean nothing."""
+        self.console.print(text, soft_wrap=True, markup=False, emoji=False, highlight=False)
 
     @contextmanager
     def phase(self, stage: int, stages: int, phase: str, domain: str, done: int, total: int) -> Iterator[None]:
-        """Shows one phase; the terminal is as before afterwards, whatever happened."""
-        self._label, self._total = f"stage {stage + 1}/{stages} {domain} {phase}", total
-        self._said = time.monotonic()
-        if not self.console.is_terminal:
+        """Shows one phase; the terminal is as before afterwards, whatever happened.
+
+        Args:
+            stage: index of the stage, from 0.
+            done: steps of the phase that an earlier process did.
+        """
+        self._label, self._started, self._total = f"stage {stage + 1}/{stages} {domain} {phase}", done, total
+        self._began = self._said = time.monotonic()
+        if not self._is_terminal():
             yield
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tok/s"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("left"),
         )
         with RichProgress(*columns, console=self.console, transient=True) as bar:
-            bar.add_task(self._label, total=total, completed=done, loss=float("nan"), speed=0.0)
+            bar.add_task(self._label, total=total, completed=done, figures="")
             self._bar = bar
             try:
                 yield
@@ -55,11 +64,20 @@ class Progress:
 
     def update(self, done: int, loss: float, speed: float) -> None:
         """``done`` steps of the phase are finished; ``speed`` is in tokens per second."""
+        figures = f"loss {loss:.3f}  {speed:,.0f} tok/s"
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, loss=loss, speed=speed)
-        elif time.monotonic() - self._said >= LOG_SECONDS or done == self._total:
-            self._said = time.monotonic()
-            self.say(f"{self._label}: step {done}/{self._total}, loss {loss:.3f}, {speed:,.0f} tokens/s")
+            self._bar.update(self._bar.task_ids[0], completed=done, figures=figures)
+            return
+        now = time.monotonic()
+        if now - self._said >= self.log_seconds or done == self._total:
+            self._said = now
+            text = f"{self._label}: step {done}/{self._total}, loss {loss:.3f}, {speed:,.0f} tokens/s"
+            left = (self._total - done) * (now - self._began) / max(done - self._started, 1)
+            self.say(text if done == self._total else f"{text}, {timedelta(seconds=round(left))} left")
+
+    def _is_terminal(self) -> bool:
+        """Whether a line can be drawn over. ``FORCE_COLOR`` in a CI log makes no terminal of it."""
+        return self.console.file.isatty() and not self.console.is_dumb_terminal
 
 
 class NullProgress:

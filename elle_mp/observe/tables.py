@@ -9,7 +9,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-
 NARROWEST = 100
 """Columns that the tables need; a log or a pipe has no width of its own."""
 

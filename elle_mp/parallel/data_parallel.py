@@ -12,7 +12,11 @@ from elle_mp.parallel.mesh import Grid
 
 
 def shard(
-    model: nn.Module, blocks: Iterable[nn.Module], grid: Grid, compute_dtype: torch.dtype | None, reshard: bool
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    grid: Grid,
+    compute_dtype: torch.dtype | None,
+    reshard: bool,
 ) -> None:
     """Shards ``blocks``, then what is left of ``model``, over the data-parallel mesh axes, in place.
 

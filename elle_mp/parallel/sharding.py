@@ -70,9 +70,7 @@ def named_specs(model: nn.Module) -> Iterator[tuple[str, ParamSpec]]:
                 yield f"{prefix}.{name}" if prefix else name, spec
 
 
-def shard_bounds(
-    spec: ParamSpec, shape: tuple[int, ...], tp: tuple[int, int], dp_shard: tuple[int, int]
-) -> Bounds:
+def shard_bounds(spec: ParamSpec, shape: tuple[int, ...], tp: tuple[int, int], dp_shard: tuple[int, int]) -> Bounds:
     """Global indices held by the rank with coordinates ``tp = (rank, size)`` and ``dp_shard = (rank, size)``.
 
     Tensor parallelism cuts into equal parts; FSDP2 then cuts dimension 0 of the part into chunks of

@@ -75,7 +75,11 @@ class Domains:
         """The valid batches of a domain: the same at every evaluation and under every layout."""
         config, tokenizer = self.config, self.tokenizer
         masking = valid_masking(
-            objective_of(config), config.run.seed, tokenizer.vocab_size, tokenizer.mask_id, tokenizer.special_ids
+            objective_of(config),
+            config.run.seed,
+            tokenizer.vocab_size,
+            tokenizer.mask_id,
+            tokenizer.special_ids,
         )
         return valid_batches(self.valid[domain], config.batch.micro, config.eval.batches, masking)
 
@@ -84,10 +88,7 @@ class Domains:
         batches = [next(iter(self.held_out(domain))) for domain in range(seen)]
         rows = [batch.rows(0, min(PROBE_ROWS, len(batch))) for batch in batches]
         return Batch(
-            *(
-                torch.cat([getattr(batch, part) for batch in rows])
-                for part in ("tokens", "targets", "domain", "key")
-            )
+            *(torch.cat([getattr(batch, part) for batch in rows]) for part in ("tokens", "targets", "domain", "key"))
         )
 
     def _masking(self, seed: int) -> MlmMasking | None:

@@ -15,7 +15,7 @@ from elle_mp.models.transformer import IGNORED, Transformer
 
 @torch.no_grad()
 def perplexity(model: Transformer, batches: Iterable[Batch]) -> float:
-    """exp of the mean cross entropy over all targets of ``batches``, which every rank passes alike.
+    """Exp of the mean cross entropy over all targets of ``batches``, which every rank passes alike.
 
     Each data-parallel rank takes every ``dp_size``-th sequence. Prompts are never targets, so runs with and without
     them compare.

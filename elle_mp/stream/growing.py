@@ -74,8 +74,8 @@ def grow_and_prove(
     ppl_after = perplexities(checker)
     if plan.exact and not relative < LARGEST_RELATIVE_DIFFERENCE:
         raise UserError(
-            f"growth {plan.width}/{plan.depth} was planned exact but changed a logit by {absolute:.3g} ({relative:.3g} of "
-            "the largest); the checkpoint before it is intact: please report this"
+            f"growth {plan.width}/{plan.depth} was planned exact but changed a logit by {absolute:.3g} "
+            f"({relative:.3g} of the largest); the checkpoint before it is intact: please report this"
         )
     record = plan.to_json()
     record["from"]["params"], record["to"]["params"] = parameter_count(model), parameter_count(larger)

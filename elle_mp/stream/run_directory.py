@@ -44,7 +44,9 @@ def open_run_directory(config: Config) -> Path:
         beside.write_text("# The resolved configuration of this run.\n" + yaml.safe_dump(tree, sort_keys=False))
         os.replace(beside, saved)
     except OSError as error:
-        raise UserError(f"run.dir: {folder} cannot be written ({error.strerror}); give run.dir another folder") from None
+        raise UserError(
+            f"run.dir: {folder} cannot be written ({error.strerror}); give run.dir another folder"
+        ) from None
     return folder
 
 

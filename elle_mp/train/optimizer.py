@@ -42,12 +42,18 @@ class ShardedAdamW:
             for decays in (True, False)
         ]
         self.inner = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+            [group for group in groups if group["params"]],
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            fused=True,
         )
         self.moments: dict[str, Moments] = {}
         for name, item in self.shards.items():
             state = Moments(
-                torch.zeros((), dtype=torch.float32, device=item.device), torch.zeros_like(item), torch.zeros_like(item)
+                torch.zeros((), dtype=torch.float32, device=item.device),
+                torch.zeros_like(item),
+                torch.zeros_like(item),
             )
             self.moments[name] = state
             self.inner.state[item] = {"step": state.step, "exp_avg": state.first, "exp_avg_sq": state.second}

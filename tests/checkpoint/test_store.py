@@ -62,9 +62,7 @@ def test_parameters_are_filled_in_place(tmp_path: Path) -> None:
     with torch.no_grad():
         layer.weight.zero_()
     store.load("a", dict(layer.named_parameters()))
-    assert (
-        torch.equal(layer.weight, saved) and layer.weight.data_ptr() == pointer and layer.weight.requires_grad
-    )
+    assert torch.equal(layer.weight, saved) and layer.weight.data_ptr() == pointer and layer.weight.requires_grad
 
 
 def test_meta_must_be_json_and_names_plain(tmp_path: Path) -> None:
@@ -120,9 +118,7 @@ DAMAGES: list[tuple[str, Callable[[Path], Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("file", "damage", "message"), DAMAGES, ids=lambda item: getattr(item, "__name__", str(item))
-)
+@pytest.mark.parametrize(("file", "damage", "message"), DAMAGES, ids=lambda item: getattr(item, "__name__", str(item)))
 def test_damage_is_found(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: Callable[[Path], Any], message: str
 ) -> None:
@@ -235,9 +231,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder], capture_output=True, text=True
-    )
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"cannot mount a small file system here: {done.stderr.strip()}")
     yield folder

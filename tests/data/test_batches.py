@@ -16,9 +16,7 @@ LENGTH, VOCAB, MASK = 8, 1000, 4
 
 def samples_of(domain: int, causal: bool, count: int = 60) -> PackedSamples:
     """A stream in which token, place and domain can be told from each other: domain * 10000 + place."""
-    stream = (
-        np.arange(count * LENGTH + 1) + 10000 * domain if causal else np.arange(count * LENGTH) % 900 + 10
-    )
+    stream = np.arange(count * LENGTH + 1) + 10000 * domain if causal else np.arange(count * LENGTH) % 900 + 10
     return PackedSamples(stream, LENGTH + causal, LENGTH)
 
 
@@ -99,9 +97,7 @@ def test_masks_change_from_epoch_to_epoch() -> None:
     """The same sample comes with another mask the next time (dynamic masking)."""
     plan = builder(causal=False, memories=[], batch=60)
     first, second = plan.batch(0), plan.batch(1)
-    originals = [
-        torch.where(batch.targets != IGNORED, batch.targets, batch.tokens) for batch in (first, second)
-    ]
+    originals = [torch.where(batch.targets != IGNORED, batch.targets, batch.tokens) for batch in (first, second)]
     orders = [sorted(range(60), key=lambda row, text=text: text[row].tolist()) for text in originals]
     assert torch.equal(originals[0][orders[0]], originals[1][orders[1]])
     assert not torch.equal(first.targets[orders[0]], second.targets[orders[1]])

@@ -90,9 +90,7 @@ def test_a_second_run_reads_nothing_again(
     assert bin_path(again.train.prefix).stat().st_mtime_ns == before
 
 
-def test_other_text_or_another_tokenizer_is_built_anew(
-    data: str, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_other_text_or_another_tokenizer_is_built_anew(data: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = prepare_domain("docs", data, tokenizer, cache)
     other = train_sentencepiece(make_texts(300), 350, tmp_path / "other")
@@ -176,9 +174,7 @@ def test_a_place_that_cannot_be_written_to(data: str, tokenizer: Tokenizer, tmp_
 def test_too_little_text_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a few words"}\n{"text": "and more"}\n')
     domain = prepare_domain("tiny", str(tmp_path / "a.jsonl"), tokenizer, tmp_path / "cache")
-    with pytest.raises(
-        UserError, match=r"domain tiny, valid text: \d+ tokens .* too few for one sample of 129"
-    ):
+    with pytest.raises(UserError, match=r"domain tiny, valid text: \d+ tokens .* too few for one sample of 129"):
         domain.packed("valid", 128, "causal")
     assert len(domain.packed("train", 2, "causal")) > 0
 

@@ -38,9 +38,7 @@ def test_from_text_to_verified_tokens(tmp_path: Path) -> None:
     assert "tokenizer: matches" in run("verify", prefix, "--tokenizer", tokenizer)
     assert "checksum" in run("verify", prefix)
     run("build", "--input", text, "--tokenizer", tokenizer, "--out", prefix, fails="is there already")
-    run(
-        "build", "--input", text, "--tokenizer", tokenizer, "--out", prefix, "--overwrite", "--split", "valid"
-    )
+    run("build", "--input", text, "--tokenizer", tokenizer, "--out", prefix, "--overwrite", "--split", "valid")
     run(
         "build",
         "--input",

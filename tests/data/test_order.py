@@ -26,9 +26,7 @@ def splitmix_finaliser(x: int) -> int:
 
 def test_mix64_equals_plain_integers() -> None:
     values = [0, 1, 2**63, 2**64 - 1, 0x123456789ABCDEF]
-    assert mix64(np.array(values, dtype=np.uint64)).tolist() == [
-        splitmix_finaliser(value) for value in values
-    ]
+    assert mix64(np.array(values, dtype=np.uint64)).tolist() == [splitmix_finaliser(value) for value in values]
     # The first outputs of SplitMix64 seeded with 0, from Vigna's reference program.
     steps = np.arange(1, 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     assert mix64(steps).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
@@ -60,9 +58,7 @@ def test_extension_equals_numpy(n: int) -> None:
 def test_permutations_look_random() -> None:
     n, keys = 10, 4000
     table = np.array([permute(np.arange(n), n, derive_key("test", key)) for key in range(keys)])
-    for place in range(
-        n
-    ):  # every value about equally often in every place: chi-squared with 9 degrees of freedom
+    for place in range(n):  # every value about equally often in every place: chi-squared with 9 degrees of freedom
         counts = np.bincount(table[:, place].astype(int), minlength=n)
         assert ((counts - keys / n) ** 2 / (keys / n)).sum() < 35
     big = permute(np.arange(100_000), 100_000, 9).astype(float)
@@ -81,9 +77,7 @@ def test_an_index_outside_is_an_error() -> None:
 
 def order(**changes: object) -> PhaseOrder:
     """An order with three memories."""
-    fields: dict[str, object] = dict(
-        seed=3, stage=2, phase=1, new=101, memories=[13, 29, 7], replay=0.1, batch=16
-    )
+    fields: dict[str, object] = dict(seed=3, stage=2, phase=1, new=101, memories=[13, 29, 7], replay=0.1, batch=16)
     return PhaseOrder(**(fields | changes))  # type: ignore[arg-type]
 
 
@@ -144,8 +138,7 @@ def test_steps_stand_alone() -> None:
     for step in (19, 3, 11, 3):
         again = order().slots(step)
         assert all(
-            np.array_equal(a, b)
-            for a, b in zip(vars(again).values(), vars(forward[step]).values(), strict=True)
+            np.array_equal(a, b) for a, b in zip(vars(again).values(), vars(forward[step]).values(), strict=True)
         )
 
 

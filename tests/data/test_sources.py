@@ -79,9 +79,7 @@ def test_equal_documents_are_on_one_side(tmp_path: Path) -> None:
 
 
 def test_small_sources_hold_out_enough_characters(tmp_path: Path) -> None:
-    texts = ["x" * 10 + str(number) for number in range(20)] + [
-        "y" * 1000 + str(number) for number in range(20)
-    ]
+    texts = ["x" * 10 + str(number) for number in range(20)] + ["y" * 1000 + str(number) for number in range(20)]
     _, valid = both(write_jsonl(tmp_path / "a.jsonl", texts))
     assert sum(map(len, valid)) >= 0.05 * sum(map(len, texts))
 

@@ -94,8 +94,7 @@ def test_the_sample_is_bounded_seeded_and_spread() -> None:
     assert size // 10 < sum(map(len, sample)) <= size // 4
     assert sample == [text for text in texts if text in set(sample)]
     thirds = [
-        sum(1 for text in sample if start <= int(text.split()[1]) < start + 1000)
-        for start in range(0, 4000, 1000)
+        sum(1 for text in sample if start <= int(text.split()[1]) < start + 1000) for start in range(0, 4000, 1000)
     ]
     assert min(thirds) > 0.6 * max(thirds)
     assert sample == sample_lines(iter(texts), size // 4, seed=1) != sample_lines(texts, size // 4, seed=2)
@@ -105,9 +104,7 @@ def test_the_sample_is_bounded_seeded_and_spread() -> None:
 
 
 def test_vocabularies_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"too large for this text; the largest that works is (\d+)"
-    ) as caught:
+    with pytest.raises(UserError, match=r"too large for this text; the largest that works is (\d+)") as caught:
         train_sentencepiece(make_texts(5), 30000, tmp_path)
     largest = int(str(caught.value).split()[-1])
     assert train_sentencepiece(make_texts(5), largest, tmp_path / "fits").vocab_size == largest

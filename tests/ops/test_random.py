@@ -26,9 +26,7 @@ def test_words_are_philox_of_the_hashed_name() -> None:
     import hashlib
 
     key = int.from_bytes(hashlib.blake2b(b"5/init/x", digest_size=16).digest(), "little")
-    np.testing.assert_array_equal(
-        words(5, "init/x", 0, 50), np.random.Philox(key=key, counter=0).random_raw(50)
-    )
+    np.testing.assert_array_equal(words(5, "init/x", 0, 50), np.random.Philox(key=key, counter=0).random_raw(50))
 
 
 def test_the_stream_is_the_same_on_every_machine_and_version() -> None:
@@ -59,9 +57,7 @@ def test_the_values_are_standard_normal() -> None:
 
 @pytest.mark.parametrize("tile", [1, 7, 12, 1 << 20])
 @pytest.mark.parametrize("shape", [(9,), (9, 4), (5, 3, 4), (1, 1)])
-def test_a_block_is_a_slice_of_the_whole(
-    shape: tuple[int, ...], tile: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_is_a_slice_of_the_whole(shape: tuple[int, ...], tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = torch.from_numpy(normal(2, "w", 0, int(np.prod(shape)))).view(shape)
     monkeypatch.setattr(random_ops, "_TILE", tile)
     draw = np.random.default_rng(0)
