@@ -45,7 +45,10 @@ def pretrain(config_path: Path, overrides: Sequence[str] = ()) -> None:
         domains = open_domains(config, run_dir, console.print)
         journal = Journal(run_dir, dist.get_rank() == 0, config.log.every, config.log.tensorboard, peak)
         runner = StreamRunner(config, domains, run_dir, device, journal)
-        finished = runner.run()
+        try:
+            finished = runner.run()
+        finally:
+            journal.close()
         if finished:
             print_results(console, runner.results())
             console.print(f"results: {run_dir / 'results.json'}")
