@@ -111,8 +111,11 @@ void Backward(const Array& x, const Array& grad, Array out, bool tanh, int threa
 }  // namespace
 
 void register_activations(py::module_& m) {
-    m.def("gelu", &Forward, "GELU of bfloat16 bits x into out; tanh chooses the approximation of GPT-2.");
-    m.def("gelu_backward", &Backward, "grad times the slope of GELU at x, into out; all bfloat16 bits.");
+    using py::arg;
+    m.def("gelu", &Forward, arg("x").noconvert(), arg("out").noconvert(), arg("tanh"), arg("threads"),
+          "GELU of bfloat16 bits x into out; tanh chooses the approximation of GPT-2.");
+    m.def("gelu_backward", &Backward, arg("x").noconvert(), arg("grad").noconvert(), arg("out").noconvert(),
+          arg("tanh"), arg("threads"), "grad times the slope of GELU at x, into out; all bfloat16 bits.");
 }
 
 }  // namespace elle_mp

@@ -92,13 +92,20 @@ void Dropout(const py::array_t<T, py::array::c_style>& x, py::array_t<T, py::arr
     });
 }
 
+template <typename T>
+void Register(py::module_& m) {
+    using py::arg;
+    m.def("dropout", &Dropout<T>, arg("x").noconvert(), arg("out").noconvert(), arg("keys").noconvert(),
+          arg("first_row"), arg("threshold"), arg("scale"), arg("threads"),
+          "Masks x [B, rows, columns] into out; uint16 arrays hold bfloat16 bits.");
+}
+
 }  // namespace
 
 void register_dropout(py::module_& m) {
-    const char* doc = "Masks x [B, rows, columns] into out; uint16 arrays hold bfloat16 bits.";
-    m.def("dropout", &Dropout<uint16_t>, doc);
-    m.def("dropout", &Dropout<float>, doc);
-    m.def("dropout", &Dropout<double>, doc);
+    Register<uint16_t>(m);
+    Register<float>(m);
+    Register<double>(m);
 }
 
 }  // namespace elle_mp

@@ -33,7 +33,8 @@ struct Scores {
     float* lse;
     const int64_t* keys;
     int64_t heads, queries, columns;
-    int64_t stride[3];
+    int64_t stride[3];      // of scores and grads, in elements
+    int64_t lse_stride[3];  // [B, H, Q]
     int64_t first_head, first_query, length;
     bool causal;
     uint32_t threshold;
@@ -154,12 +155,14 @@ ELLE_INLINE void Rows(const Scores& work, int64_t begin, int64_t end) {
         const int64_t seen = work.causal ? std::min(work.columns, place + 1) : work.columns;
         const MaskRow mask(static_cast<uint64_t>(work.keys[sample]),
                            (work.first_head + head) * work.length + place, work.threshold);
+        float* lse =
+            work.lse + sample * work.lse_stride[0] + head * work.lse_stride[1] + query * work.lse_stride[2];
         T* row = static_cast<T*>(work.scores) + offset;
         T* grad = static_cast<T*>(work.grads) + offset;
         if (kBackward)
-            BackwardRow<T, kDrop>(work, row, grad, work.lse[r], mask, seen, buffer.data());
+            BackwardRow<T, kDrop>(work, row, grad, *lse, mask, seen, buffer.data());
         else
-            ForwardRow<T, kDrop>(work, row, work.lse + r, mask, seen, buffer.data());
+            ForwardRow<T, kDrop>(work, row, lse, mask, seen, buffer.data());
         std::memset(static_cast<void*>(row + seen), 0, (work.columns - seen) * sizeof(T));
         if (kBackward) std::memset(static_cast<void*>(grad + seen), 0, (work.columns - seen) * sizeof(T));
     }
@@ -192,8 +195,10 @@ Scores Describe(py::array_t<T>& scores, py::array_t<float>& lse, const py::array
                 float scale, float keep_scale) {
     if (scores.ndim() != 4 || (scores.shape(3) > 1 && scores.strides(3) != sizeof(T)))
         throw std::invalid_argument("scores must be [B, H, Q, K] with unit stride in K");
-    if (keys.size() != scores.shape(0) || lse.size() != scores.shape(0) * scores.shape(1) * scores.shape(2))
+    if (keys.size() != scores.shape(0) || lse.ndim() != 3)
         throw std::invalid_argument("keys must be [B] and lse [B, H, Q]");
+    for (int i = 0; i < 3; ++i)
+        if (lse.shape(i) != scores.shape(i)) throw std::invalid_argument("lse must be [B, H, Q]");
     Scores work{};
     work.scores = scores.mutable_data();
     work.lse = lse.mutable_data();
@@ -201,7 +206,10 @@ Scores Describe(py::array_t<T>& scores, py::array_t<float>& lse, const py::array
     work.heads = scores.shape(1);
     work.queries = scores.shape(2);
     work.columns = scores.shape(3);
-    for (int i = 0; i < 3; ++i) work.stride[i] = scores.strides(i) / static_cast<int64_t>(sizeof(T));
+    for (int i = 0; i < 3; ++i) {
+        work.stride[i] = scores.strides(i) / static_cast<int64_t>(sizeof(T));
+        work.lse_stride[i] = lse.strides(i) / static_cast<int64_t>(sizeof(float));
+    }
     work.first_head = first_head;
     work.first_query = first_query;
     work.length = length;
@@ -329,18 +337,31 @@ void LogitGradient(py::array_t<uint16_t, py::array::c_style> logits,
     ParallelFor(rows, threads, [&work](int64_t begin, int64_t end) { GradientRows(work, begin, end); });
 }
 
+// Arrays are written in place, so another type is an error and not a reason to convert a copy.
+template <typename T>
+void RegisterScores(py::module_& m) {
+    using py::arg;
+    m.def("softmax_forward", &SoftmaxForward<T>, arg("scores").noconvert(), arg("lse").noconvert(),
+          arg("keys").noconvert(), arg("first_head"), arg("first_query"), arg("length"), arg("causal"),
+          arg("threshold"), arg("scale"), arg("keep_scale"), arg("threads"),
+          "Scores [B, H, Q, K] become dropped softmax weights in place; lse [B, H, Q] is written.");
+    m.def("softmax_backward", &SoftmaxBackward<T>, arg("scores").noconvert(), arg("grads").noconvert(),
+          arg("lse").noconvert(), arg("keys").noconvert(), arg("first_head"), arg("first_query"),
+          arg("length"), arg("causal"), arg("threshold"), arg("scale"), arg("keep_scale"), arg("threads"),
+          "Scores become the dropped weights again; grads (of those) become grads of q k^T.");
+}
+
 }  // namespace
 
 void register_softmax(py::module_& m) {
-    const char* forward =
-        "Scores [B, H, Q, K] become dropped softmax weights in place; lse [B, H, Q] is written.";
-    m.def("softmax_forward", &SoftmaxForward<uint16_t>, forward);
-    m.def("softmax_forward", &SoftmaxForward<float>, forward);
-    const char* backward = "Scores become the dropped weights again; grads (of those) become grads of q k^T.";
-    m.def("softmax_backward", &SoftmaxBackward<uint16_t>, backward);
-    m.def("softmax_backward", &SoftmaxBackward<float>, backward);
-    m.def("logit_stats", &LogitStats, "Maximum and sum of exp(x - maximum) of each row of logits [n, V].");
-    m.def("logit_gradient", &LogitGradient,
+    using py::arg;
+    RegisterScores<uint16_t>(m);
+    RegisterScores<float>(m);
+    m.def("logit_stats", &LogitStats, arg("logits").noconvert(), arg("top").noconvert(),
+          arg("sum").noconvert(), arg("threads"),
+          "Maximum and sum of exp(x - maximum) of each row of logits [n, V].");
+    m.def("logit_gradient", &LogitGradient, arg("logits").noconvert(), arg("lse").noconvert(),
+          arg("targets").noconvert(), arg("threads"),
           "Logits [n, V] become softmax - onehot(targets) in place, given lse [n].");
 }
 

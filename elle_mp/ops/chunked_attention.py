@@ -60,13 +60,17 @@ class _Rows:
     length: int
 
     def blocks(self, heads: int) -> Iterator[tuple[int, int, int]]:
-        """(first query, end query, number of keys) of each block, the last block first."""
+        """(first query, end query, number of keys) of each block."""
         rows = max(1, _BLOCK_ELEMENTS // max(1, heads * self.length))
         if self.causal:
             rows = min(rows, max(64, -(-self.length // _CAUSAL_BLOCKS)))
-        for begin in reversed(range(0, self.length, rows)):
+        for begin in range(0, self.length, rows):
             end = min(self.length, begin + rows)
             yield begin, end, end if self.causal else self.length
+
+    def several(self, heads: int) -> bool:
+        """Whether there is more than one block."""
+        return len(list(self.blocks(heads))) > 1
 
     def largest(self, heads: int) -> int:
         """Number of weights of the largest block."""
@@ -79,7 +83,7 @@ class _Rows:
             native(as_array(scores)[None], as_array(lse)[None], *self._arguments(sample, first, scale))
             return
         wide = self._scaled(scores, first, scale)
-        torch.logsumexp(wide, -1, out=lse)
+        lse.copy_(torch.logsumexp(wide, -1))
         weights = wide.sub_(lse[..., None]).exp_()
         if threshold(self.dropout):
             weights.mul_(self._mask(scores, sample, first)).mul_(keep_scale(self.dropout))
@@ -171,14 +175,21 @@ def _slots(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _by_group(x: Tensor) -> Tensor:
-    """``[S, G, J, hd]`` as ``[G, J * S, hd]``, a view if ``J`` is 1: they meet the keys at once."""
-    return x.permute(1, 2, 0, 3).flatten(1, 2)
+    """``[S, G, J, hd]`` as contiguous ``[G, J * S, hd]``: a group's queries meet its keys at once.
+
+    Copying costs little; the GEMMs of short rows far apart in memory are a quarter slower.
+    """
+    return x.permute(1, 2, 0, 3).contiguous().flatten(1, 2)
 
 
-def _put(out: Tensor, x: Tensor) -> None:
-    """Writes ``x [G, J * S, hd]`` to ``out [S, G, J, hd]``."""
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Writes ``left @ right [G, J * S, hd]`` to ``out [S, G, J, hd]``."""
     length, groups, queries, head_dim = out.shape
-    out.permute(1, 2, 0, 3).copy_(x.view(groups, queries, length, head_dim))
+    if queries == 1:
+        torch.bmm(left, right, out=out[:, :, 0].transpose(0, 1))
+    else:
+        product = torch.bmm(left, right).view(groups, queries, length, head_dim)
+        out.permute(1, 2, 0, 3).copy_(product)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
@@ -189,18 +200,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, rows: _Rows) -> tuple[Tensor, Tens
     lse = torch.empty(batch, heads, length, dtype=wide, device=q.device)
     buffer = q.new_empty(rows.largest(heads))
     for sample in range(batch):
-        keys, values = k[sample].transpose(0, 1), v[sample].transpose(0, 1)
+        keys, values = (x[sample].transpose(0, 1).contiguous() for x in (k, v))
         for first, end, seen in rows.blocks(heads):
-            block = q[sample, first:end]
             scores = buffer[: heads * (end - first) * seen].view(groups, queries * (end - first), seen)
-            torch.bmm(_by_group(block), keys[:, :seen].transpose(1, 2), out=scores)
-            part = torch.empty(heads, end - first, dtype=wide, device=q.device)
-            rows.forward(scores.view(heads, end - first, seen), part, sample, first, scale)
-            lse[sample, :, first:end] = part
-            if queries == 1:
-                torch.bmm(scores, values[:, :seen], out=out[sample, first:end, :, 0].transpose(0, 1))
-            else:
-                _put(out[sample, first:end], torch.bmm(scores, values[:, :seen]))
+            torch.bmm(_by_group(q[sample, first:end]), keys[:, :seen].transpose(1, 2), out=scores)
+            flat = scores.view(heads, end - first, seen)
+            rows.forward(flat, lse[sample, :, first:end], sample, first, scale)
+            _product(scores, values[:, :seen], out[sample, first:end])
     return out, lse
 
 
@@ -213,13 +219,14 @@ def _backward(
     out: tuple[Tensor, Tensor, Tensor],
     rows: _Rows,
 ) -> None:
-    batch, _, groups, queries, head_dim = q.shape
+    batch, length, groups, queries, head_dim = q.shape
     heads, scale = groups * queries, head_dim**-0.5
     dq, dk, dv = out
     buffers = q.new_empty(2, rows.largest(heads))
     for sample in range(batch):
-        keys, values = k[sample].transpose(0, 1), v[sample].transpose(0, 1)
-        sums: list[Tensor] = []
+        keys, values = (x[sample].transpose(0, 1).contiguous() for x in (k, v))
+        # Several blocks add their parts in fp32.
+        sums = lse.new_zeros(2, groups, length, head_dim) if rows.several(heads) else None
         for first, end, seen in rows.blocks(heads):
             shape = (groups, queries * (end - first), seen)
             scores, grads = (x[: heads * (end - first) * seen].view(shape) for x in buffers)
@@ -227,16 +234,14 @@ def _backward(
             torch.bmm(block, keys[:, :seen].transpose(1, 2), out=scores)
             torch.bmm(d_block, values[:, :seen].transpose(1, 2), out=grads)
             flat = (heads, end - first, seen)
-            part = lse[sample, :, first:end].contiguous()
-            rows.backward(scores.view(flat), grads.view(flat), part, sample, first, scale)
-            _put(dq[sample, first:end], torch.bmm(grads, keys[:, :seen]))
-            parts = torch.bmm(grads.transpose(1, 2), block), torch.bmm(scores.transpose(1, 2), d_block)
-            if not sums:
-                # The last block sees every key; the earlier ones are added to it, in fp32.
-                sums = [x if seen == end - first else x.to(lse.dtype) for x in parts]
+            rows.backward(scores.view(flat), grads.view(flat), lse[sample, :, first:end], sample, first, scale)
+            _product(grads, keys[:, :seen], dq[sample, first:end])
+            if sums is None:
+                torch.bmm(grads.transpose(1, 2), block, out=dk[sample].transpose(0, 1))
+                torch.bmm(scores.transpose(1, 2), d_block, out=dv[sample].transpose(0, 1))
             else:
-                for total, x in zip(sums, parts, strict=True):
-                    total[:, :seen] += x
-        if sums:
+                sums[0, :, :seen] += torch.bmm(grads.transpose(1, 2), block)
+                sums[1, :, :seen] += torch.bmm(scores.transpose(1, 2), d_block)
+        if sums is not None:
             dk[sample].transpose(0, 1).copy_(sums[0])
             dv[sample].transpose(0, 1).copy_(sums[1])
