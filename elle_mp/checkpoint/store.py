@@ -102,9 +102,7 @@ class CheckpointStore:
 
         checked = together(check, doing)
         folder = checked[rank()][0]
-        everywhere = set().union(*(names for _, names in checked))
-        if partial:
-            everywhere |= set(stored_tensors(folder))
+        everywhere = None if partial else set().union(*(names for _, names in checked))
         wanted = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
         together(lambda: check_fit(stored_tensors(folder), wanted, everywhere), doing)
         together(lambda: read_tensors(folder, tensors), doing)
@@ -173,20 +171,6 @@ class CheckpointStore:
             UserError: there is no such checkpoint, or it is damaged.
         """
         return self._manifest(self._folder(name)).meta
-
-    def is_permanent(self, name: str) -> bool:
-        """Whether :meth:`prune` leaves it."""
-        return self._manifest(self._folder(name)).permanent
-
-    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        """The global shape of every tensor, by name.
-
-        Raises:
-            UserError: there is no such checkpoint, or it is damaged.
-        """
-        folder = self._folder(name)
-        self._check_sizes(folder)
-        return {key: tuple(shape) for key, (shape, _) in stored_tensors(folder).items()}
 
     def verify(self, name: str) -> None:
         """Reads every file and compares its hash with the one taken when it was written.
@@ -290,22 +274,3 @@ class CheckpointStore:
         for file in sorted(manifest.files)[share::shares]:
             if sha256_file(folder / file) != manifest.files[file]["sha256"]:
                 raise _DamagedError(f"{folder / file} is damaged (its SHA-256 is not the one written)")
-
-
-def open_checkpoint(path: Path) -> tuple[CheckpointStore, str]:
-    """The store and the name of the checkpoint at ``path``.
-
-    Args:
-        path: a checkpoint's folder, a folder of checkpoints (its latest), or a run directory (its latest).
-
-    Raises:
-        UserError: there is no checkpoint.
-    """
-    if (path / META).is_file():
-        path = path.resolve()
-        return CheckpointStore(path.parent), path.name
-    for folder in (path / "checkpoints", path):
-        store = CheckpointStore(folder)
-        if name := store.latest():
-            return store, name
-    raise UserError(f"no checkpoint in {path}; give a checkpoint's folder or a run directory")

@@ -69,13 +69,14 @@ def stored_tensors(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 def check_fit(
     stored: Mapping[str, tuple[torch.Size, torch.dtype]],
     wanted: Mapping[str, tuple[torch.Size, torch.dtype]],
-    everywhere: set[str],
+    everywhere: set[str] | None,
 ) -> None:
     """Compares what a checkpoint holds with what is to be filled.
 
     Args:
         wanted: this rank's tensors: global shape and dtype by name.
-        everywhere: the names that any rank wants (pipeline stages want different ones).
+        everywhere: the names that any rank wants (pipeline stages want different ones); ``None`` to leave alone
+            what nobody wants.
 
     Raises:
         UserError: a tensor is missing, is left over, or has another shape or kind of number; names the first.
@@ -88,7 +89,7 @@ def check_fit(
             raise UserError(f"its tensor {name} is {list(have)}, this model's is {list(shape)}")
         if have_dtype != dtype and not (have_dtype.is_floating_point and dtype.is_floating_point):
             raise UserError(f"its tensor {name} is {have_dtype}, this model's is {dtype}")
-    extra = [name for name in stored if name not in everywhere]
+    extra = [] if everywhere is None else [name for name in stored if name not in everywhere]
     if extra:
         more = f" (nor {len(extra) - 1} more)" if len(extra) > 1 else ""
         raise UserError(f"this model has no tensor {extra[0]} {list(stored[extra[0]][0])}{more}")
