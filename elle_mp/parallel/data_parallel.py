@@ -30,6 +30,8 @@ def shard(
         reduce_dtype=None if compute_dtype is None else torch.float32,
         cast_forward_inputs=False,
     )
+    # A rank that holds everything has nothing to free: gathering again would only copy.
+    reshard = reshard and grid.size("dp_shard") > 1
     for block in blocks:
         fully_shard(block, mesh=grid.fsdp_mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=grid.fsdp_mesh, mp_policy=policy, reshard_after_forward=False)
@@ -40,3 +42,14 @@ def synchronise_gradients(model: nn.Module, enabled: bool) -> None:
     if not isinstance(model, FSDPModule):
         raise TypeError("the model is not sharded; call shard() first")
     model.set_requires_gradient_sync(enabled)
+
+
+def release(model: nn.Module) -> None:
+    """Frees gathered parameters: after it the model's parameters are the sharded masters again.
+
+    A backward pass does this by itself; after a forward pass without one, the root's (and, on one rank, every
+    block's) parameters would stay the gathered copies in the compute dtype.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

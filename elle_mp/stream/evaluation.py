@@ -11,6 +11,7 @@ from torch import Tensor
 
 from elle_mp.data.batches import Batch
 from elle_mp.models.transformer import IGNORED, Transformer
+from elle_mp.parallel.data_parallel import release
 
 
 @torch.no_grad()
@@ -26,6 +27,7 @@ def perplexity(model: Transformer, batches: Iterable[Batch]) -> float:
         mine = _rows_of_rank(batch, grid.dp_rank, grid.dp_size).to(grid.device)
         sums[0] += model(mine.tokens, mine.domain, mine.targets).double()
         sums[1] += int((mine.targets != IGNORED).sum())
+    release(model)
     if grid.dp_size > 1:
         for axis in ("dp_replicate", "dp_shard"):
             dist.all_reduce(sums, group=grid.group(axis))
@@ -47,6 +49,7 @@ def fixed_logits(model: Transformer, batch: Batch) -> Tensor:
     """This rank's part of the logits of a fixed batch, ``[B, T, V_local]``, padding left out."""
     batch = batch.to(model.grid.device)
     logits: Tensor = model(batch.tokens, batch.domain)
+    release(model)
     local = model.spec.padded_vocab // model.grid.tp_size
     real = min(max(model.spec.vocab_size - model.grid.tp_rank * local, 0), local)
     return logits[..., :real]
