@@ -8,6 +8,7 @@ failed, hung or died is never reused. Tests import this file as ``tests.distribu
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import functools
 import gc
@@ -27,6 +28,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+START_S = 120.0  # how long a process may take to import torch
 GRACE_S = 1.0  # how long the other ranks may still report after the first one failed
 
 
@@ -60,6 +62,7 @@ class _Worker:
         theirs_in, ours_out = os.pipe()
         self.log = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the process)
         self.shown = 0
+        self.ready = False
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
@@ -84,6 +87,14 @@ class _Worker:
         data = os.pread(self.log.fileno(), 1 << 20, self.shown)
         self.shown += len(data)
         return data.decode(errors="replace")
+
+    def wait_until_ready(self, rank: int) -> None:
+        """Waits for its imports, so that no call's time limit has to allow for them."""
+        if not self.ready:
+            with contextlib.suppress(EOFError):  # it died
+                self.ready = self.results.poll(START_S) and bool(self.results.recv_bytes())
+            if not self.ready:
+                raise RankError(rank, f"did not start in {START_S:g} s\n{self.output()}")
 
     def kill(self) -> None:
         """Ends it and everything that it started."""
@@ -117,6 +128,8 @@ class _Pool:
         workers = self.workers[:world_size]
         finished = False
         try:
+            for rank, worker in enumerate(workers):
+                worker.wait_until_ready(rank)
             with tempfile.TemporaryDirectory(prefix="rendezvous-") as folder:
                 where = (fn.__module__, inspect.getfile(fn), list(sys.path))
                 body = pickle.dumps((fn.__qualname__, args))
@@ -171,8 +184,13 @@ class _Pool:
     def _stacks(self, waiting: dict[int, _Worker]) -> str:
         for worker in waiting.values():
             os.kill(worker.process.pid, signal.SIGUSR1)  # faulthandler prints the stack of every thread
-        time.sleep(0.5)
-        return "\n".join(f"rank {rank} is at:\n{worker.output()}" for rank, worker in waiting.items())
+        time.sleep(0.2)
+        texts = {rank: worker.output() for rank, worker in waiting.items()}
+        deadline = time.monotonic() + 5.0
+        while not all(texts.values()) and time.monotonic() < deadline:  # on a busy machine it takes its time
+            time.sleep(0.2)
+            texts = {rank: text + waiting[rank].output() for rank, text in texts.items()}
+        return "\n".join(f"rank {rank} is at:\n{text}" for rank, text in texts.items())
 
     def _discard(self, worker: _Worker) -> None:
         worker.kill()
@@ -249,6 +267,7 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     environment = dict(os.environ)
+    results.send_bytes(b"ready")
     while True:
         try:
             call = pickle.loads(calls.recv_bytes())
