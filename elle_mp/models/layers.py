@@ -76,7 +76,19 @@ class Norm(ShardedModule):
         return layer_norm(x, self.local("weight"), self.local("bias"), self.eps, shared.norm_stats)
 
 
-class Attention(ShardedModule):
+class SubLayer(ShardedModule):
+    """What attention and MLP share: the projection back into the residual stream."""
+
+    def row_parallel(self, x: Tensor) -> Tensor:
+        """Maps this rank's inner units ``x [B, S, N / tp]`` to ``[B, S, D]``, summed over the ranks; bias once."""
+        bias = self.local("out_bias") if "out_bias" in self.specs else None
+        if self.tp_group is None:
+            return F.linear(x, self.local("out_weight"), bias)
+        out = reduce_from_tp(F.linear(x, self.local("out_weight")), self.tp_group)
+        return out if bias is None else out + bias
+
+
+class Attention(SubLayer):
     """Grouped-query self-attention; query heads, keys and values of a group lie together and are cut together."""
 
     def __init__(self, grid: Grid, spec: ModelSpec, dtype: torch.dtype, site: int) -> None:
@@ -99,9 +111,7 @@ class Attention(ShardedModule):
         qkv = qkv.view(batch, length, groups, spec.queries + 2, spec.head_dim)
         heads = groups * spec.queries
         mixed = self._attend(qkv, shared, heads)
-        out = F.linear(mixed.reshape(batch, length, heads * spec.head_dim), self.local("out_weight"))
-        out = reduce_from_tp(out, self.tp_group)
-        return out + self.local("out_bias") if spec.biases else out
+        return self.row_parallel(mixed.reshape(batch, length, heads * spec.head_dim))
 
     def _attend(self, qkv: Tensor, shared: Pass, heads: int) -> Tensor:
         """Attention of ``qkv [B, S, G, slots, head_dim]``: ``[B, S, heads, head_dim]``."""
@@ -122,7 +132,7 @@ class Attention(ShardedModule):
         return attention(rotate(q, *shared.rotary), rotate(k, *shared.rotary), v, **masks)
 
 
-class Mlp(ShardedModule):
+class Mlp(SubLayer):
     """GELU (``gpt``: the tanh form; ``bert``: exact) or SwiGLU; inner units are cut, gate and up together."""
 
     def __init__(self, grid: Grid, spec: ModelSpec, dtype: torch.dtype) -> None:
@@ -145,8 +155,7 @@ class Mlp(ShardedModule):
             inner = F.silu(gate) * up
         else:
             inner = gelu(inner, tanh=spec.family == "gpt")
-        out = reduce_from_tp(F.linear(inner, self.local("out_weight")), self.tp_group)
-        return out + self.local("out_bias") if spec.biases else out
+        return self.row_parallel(inner)
 
 
 def rotary_table(spec: ModelSpec, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
