@@ -19,11 +19,12 @@ from torch import Tensor
 from elle_mp.ops.dropout import keep_mask, keep_scale, threshold
 from elle_mp.ops.native import as_array, helpers
 
-_BLOCK_ELEMENTS = 4 << 20
-"""Weights of one block of queries over all heads: two such blocks in bf16 fit a usual last-level cache."""
+_BLOCK_ELEMENTS = 2 << 20
+"""Weights computed at a time over all heads: two such blocks in bf16 are 8 MB of a last-level cache."""
 
-_CAUSAL_BLOCKS = 2
-"""Into how many blocks of queries a causal sequence is cut at least, if they keep 64 rows."""
+_CAUSAL_ROWS = 256
+"""A causal sequence is cut into up to four blocks of queries, of at least so many rows: what its upper triangle
+saves must be worth the smaller GEMMs."""
 
 
 def chunked_attention(
@@ -50,6 +51,17 @@ def chunked_attention(
 
 
 @dataclass(frozen=True)
+class _Block:
+    """Some queries of some sequences: what is computed at a time."""
+
+    samples: slice
+    first: int
+    end: int
+    seen: int
+    """Number of keys that any of the queries sees."""
+
+
+@dataclass(frozen=True)
 class _Rows:
     """The passes over rows of weights, between the GEMMs."""
 
@@ -59,47 +71,41 @@ class _Rows:
     first_head: int
     length: int
 
-    def blocks(self, heads: int) -> Iterator[tuple[int, int, int]]:
-        """(first query, end query, number of keys) of each block."""
-        rows = max(1, _BLOCK_ELEMENTS // max(1, heads * self.length))
+    def blocks(self, heads: int) -> Iterator[list[_Block]]:
+        """The blocks of a group of sequences: short sequences together, a long one in several blocks."""
+        batch, per_query = len(self.keys), max(1, heads * self.length)
+        rows = max(1, min(self.length, _BLOCK_ELEMENTS // per_query))
         if self.causal:
-            rows = min(rows, max(64, -(-self.length // _CAUSAL_BLOCKS)))
-        for begin in range(0, self.length, rows):
-            end = min(self.length, begin + rows)
-            yield begin, end, end if self.causal else self.length
+            rows = min(rows, max(_CAUSAL_ROWS, -(-self.length // 4)))
+        count = max(1, _BLOCK_ELEMENTS // (per_query * rows))
+        for start in range(0, batch, count):
+            samples = slice(start, min(batch, start + count))
+            cuts = [(first, min(self.length, first + rows)) for first in range(0, self.length, rows)]
+            yield [_Block(samples, first, end, end if self.causal else self.length) for first, end in cuts]
 
-    def several(self, heads: int) -> bool:
-        """Whether there is more than one block."""
-        return len(list(self.blocks(heads))) > 1
-
-    def largest(self, heads: int) -> int:
-        """Number of weights of the largest block."""
-        return max((heads * (end - first) * seen for first, end, seen in self.blocks(heads)), default=0)
-
-    def forward(self, scores: Tensor, lse: Tensor, sample: int, first: int, scale: float) -> None:
-        """Turns scores ``[H, Q, K]`` into dropped weights in place and writes ``lse [H, Q]``."""
+    def forward(self, scores: Tensor, lse: Tensor, block: _Block, scale: float) -> None:
+        """Turns scores ``[n, H, Q, K]`` into dropped weights in place and writes ``lse [n, H, Q]``."""
         native = self._native("softmax_forward", scores)
         if native is not None:
-            native(as_array(scores)[None], as_array(lse)[None], *self._arguments(sample, first, scale))
+            native(as_array(scores), as_array(lse), *self._arguments(block, scale))
             return
-        wide = self._scaled(scores, first, scale)
+        wide = self._scaled(scores, block.first, scale)
         lse.copy_(torch.logsumexp(wide, -1))
         weights = wide.sub_(lse[..., None]).exp_()
         if threshold(self.dropout):
-            weights.mul_(self._mask(scores, sample, first)).mul_(keep_scale(self.dropout))
+            weights.mul_(self._mask(scores, block)).mul_(keep_scale(self.dropout))
         scores.copy_(weights)
 
-    def backward(self, scores: Tensor, grads: Tensor, lse: Tensor, sample: int, first: int, scale: float) -> None:
+    def backward(self, scores: Tensor, grads: Tensor, lse: Tensor, block: _Block, scale: float) -> None:
         """Turns scores into dropped weights, and ``grads`` of these into gradients of ``q k^T``, in place."""
         native = self._native("softmax_backward", scores)
         if native is not None:
-            arguments = self._arguments(sample, first, scale)
-            native(as_array(scores)[None], as_array(grads)[None], as_array(lse)[None], *arguments)
+            native(as_array(scores), as_array(grads), as_array(lse), *self._arguments(block, scale))
             return
-        weights = self._scaled(scores, first, scale).sub_(lse[..., None]).exp_()
+        weights = self._scaled(scores, block.first, scale).sub_(lse[..., None]).exp_()
         wide = grads.to(weights.dtype)
         if threshold(self.dropout):
-            mask = self._mask(scores, sample, first).to(wide.dtype) * keep_scale(self.dropout)
+            mask = self._mask(scores, block).to(wide.dtype) * keep_scale(self.dropout)
             wide = wide * mask
             scores.copy_(weights * mask)
         else:
@@ -113,27 +119,24 @@ class _Rows:
         module = helpers(name)
         return None if module is None else getattr(module, name)
 
-    def _arguments(self, sample: int, first: int, scale: float) -> tuple[Any, ...]:
-        keys = as_array(self.keys[sample : sample + 1])
-        p, threads = self.dropout, torch.get_num_threads()
-        return (
-            keys, self.first_head, first, self.length, self.causal, threshold(p), scale, keep_scale(p),
-            threads
-        )  # fmt: skip
+    def _arguments(self, block: _Block, scale: float) -> tuple[Any, ...]:
+        masks = as_array(self.keys[block.samples]), self.first_head, block.first, self.length, self.causal
+        p = self.dropout
+        return (*masks, threshold(p), scale, keep_scale(p), torch.get_num_threads())
 
     def _scaled(self, scores: Tensor, first: int, scale: float) -> Tensor:
         wide = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32) * scale
         if self.causal:
-            query = torch.arange(first, first + scores.shape[1], device=scores.device)
-            later = torch.arange(scores.shape[2], device=scores.device) > query[:, None]
+            query = torch.arange(first, first + scores.shape[2], device=scores.device)
+            later = torch.arange(scores.shape[3], device=scores.device) > query[:, None]
             wide.masked_fill_(later, float("-inf"))
         return wide
 
-    def _mask(self, scores: Tensor, sample: int, first: int) -> Tensor:
-        key = self.keys[sample : sample + 1].to(scores.device)
-        heads, queries, columns = scores.shape
-        starts = ((self.first_head + head) * self.length + first for head in range(heads))
-        return torch.cat([keep_mask(key, start, queries, columns, self.dropout) for start in starts])
+    def _mask(self, scores: Tensor, block: _Block) -> Tensor:
+        keys = self.keys[block.samples].to(scores.device)
+        _, heads, queries, columns = scores.shape
+        starts = ((self.first_head + head) * self.length + block.first for head in range(heads))
+        return torch.stack([keep_mask(keys, start, queries, columns, self.dropout) for start in starts], dim=1)
 
 
 class _Separate(torch.autograd.Function):
@@ -174,39 +177,44 @@ def _slots(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return qkv[:, :, :, :-2], qkv[:, :, :, -2], qkv[:, :, :, -1]
 
 
-def _by_group(x: Tensor) -> Tensor:
-    """``[S, G, J, hd]`` as contiguous ``[G, J * S, hd]``: a group's queries meet its keys at once.
+def _gather(x: Tensor) -> Tensor:
+    """``[n, S, G, J, hd]`` as contiguous ``[n * G, J, S, hd]``.
 
     Copying costs little; the GEMMs of short rows far apart in memory are a quarter slower.
     """
-    return x.permute(1, 2, 0, 3).contiguous().flatten(1, 2)
+    return x.permute(0, 2, 3, 1, 4).contiguous().flatten(0, 1)
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Writes ``left @ right [G, J * S, hd]`` to ``out [S, G, J, hd]``."""
-    length, groups, queries, head_dim = out.shape
-    if queries == 1:
-        torch.bmm(left, right, out=out[:, :, 0].transpose(0, 1))
-    else:
-        product = torch.bmm(left, right).view(groups, queries, length, head_dim)
-        out.permute(1, 2, 0, 3).copy_(product)
+def _scatter(out: Tensor, x: Tensor) -> None:
+    """Writes ``x [n * G, J, S, hd]`` to ``out [n, S, G, J, hd]``."""
+    out.permute(0, 2, 3, 1, 4).copy_(x.view(out.shape[0], out.shape[2], *x.shape[1:]))
+
+
+def _some(x: Tensor, block: _Block) -> Tensor:
+    """A block's queries of ``x [m, J, S, hd]``, as ``[m, J * Q, hd]``: a group's queries meet its keys at once."""
+    return x[:, :, block.first : block.end].flatten(1, 2)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
     batch, length, groups, queries, head_dim = q.shape
     heads, scale = groups * queries, head_dim**-0.5
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty(q.shape)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = torch.empty(batch, heads, length, dtype=wide, device=q.device)
-    buffer = q.new_empty(rows.largest(heads))
-    for sample in range(batch):
-        keys, values = (x[sample].transpose(0, 1).contiguous() for x in (k, v))
-        for first, end, seen in rows.blocks(heads):
-            scores = buffer[: heads * (end - first) * seen].view(groups, queries * (end - first), seen)
-            torch.bmm(_by_group(q[sample, first:end]), keys[:, :seen].transpose(1, 2), out=scores)
-            flat = scores.view(heads, end - first, seen)
-            rows.forward(flat, lse[sample, :, first:end], sample, first, scale)
-            _product(scores, values[:, :seen], out[sample, first:end])
+    buffer = q.new_empty(_largest(rows, heads))
+    for blocks in rows.blocks(heads):
+        samples = blocks[0].samples
+        count = samples.stop - samples.start
+        query, key, value = _gather(q[samples]), _gather(k[samples, :, :, None]), _gather(v[samples, :, :, None])
+        parts = []
+        for block in blocks:
+            size = block.end - block.first
+            scores = buffer[: count * heads * size * block.seen].view(-1, queries * size, block.seen)
+            torch.bmm(_some(query, block), key[:, 0, : block.seen].transpose(1, 2), out=scores)
+            flat = scores.view(count, heads, size, block.seen)
+            rows.forward(flat, lse[samples, :, block.first : block.end], block, scale)
+            parts.append(torch.bmm(scores, value[:, 0, : block.seen]).unflatten(1, (queries, size)))
+        _scatter(out[samples], _join(parts))
     return out, lse
 
 
@@ -219,29 +227,60 @@ def _backward(
     out: tuple[Tensor, Tensor, Tensor],
     rows: _Rows,
 ) -> None:
-    batch, length, groups, queries, head_dim = q.shape
+    _, _, groups, queries, head_dim = q.shape
     heads, scale = groups * queries, head_dim**-0.5
-    dq, dk, dv = out
-    buffers = q.new_empty(2, rows.largest(heads))
-    for sample in range(batch):
-        keys, values = (x[sample].transpose(0, 1).contiguous() for x in (k, v))
-        # Several blocks add their parts in fp32.
-        sums = lse.new_zeros(2, groups, length, head_dim) if rows.several(heads) else None
-        for first, end, seen in rows.blocks(heads):
-            shape = (groups, queries * (end - first), seen)
-            scores, grads = (x[: heads * (end - first) * seen].view(shape) for x in buffers)
-            block, d_block = _by_group(q[sample, first:end]), _by_group(grad[sample, first:end])
-            torch.bmm(block, keys[:, :seen].transpose(1, 2), out=scores)
-            torch.bmm(d_block, values[:, :seen].transpose(1, 2), out=grads)
-            flat = (heads, end - first, seen)
-            rows.backward(scores.view(flat), grads.view(flat), lse[sample, :, first:end], sample, first, scale)
-            _product(grads, keys[:, :seen], dq[sample, first:end])
-            if sums is None:
-                torch.bmm(grads.transpose(1, 2), block, out=dk[sample].transpose(0, 1))
-                torch.bmm(scores.transpose(1, 2), d_block, out=dv[sample].transpose(0, 1))
-            else:
-                sums[0, :, :seen] += torch.bmm(grads.transpose(1, 2), block)
-                sums[1, :, :seen] += torch.bmm(scores.transpose(1, 2), d_block)
-        if sums is not None:
-            dk[sample].transpose(0, 1).copy_(sums[0])
-            dv[sample].transpose(0, 1).copy_(sums[1])
+    buffers = q.new_empty(2, _largest(rows, heads))
+    for blocks in rows.blocks(heads):
+        samples = blocks[0].samples
+        count = samples.stop - samples.start
+        query, d_mixed = _gather(q[samples]), _gather(grad[samples])
+        key, value = _gather(k[samples, :, :, None]), _gather(v[samples, :, :, None])
+        d_query: list[Tensor] = []
+        d_key, d_value = _Sum(key, blocks), _Sum(value, blocks)
+        for block in blocks:
+            size, seen = block.end - block.first, block.seen
+            shape = (-1, queries * size, seen)
+            scores, grads = (x[: count * heads * size * seen].view(shape) for x in buffers)
+            some, d_some = _some(query, block), _some(d_mixed, block)
+            torch.bmm(some, key[:, 0, :seen].transpose(1, 2), out=scores)
+            torch.bmm(d_some, value[:, 0, :seen].transpose(1, 2), out=grads)
+            flat = (count, heads, size, seen)
+            part = lse[samples, :, block.first : block.end]
+            rows.backward(scores.view(flat), grads.view(flat), part, block, scale)
+            d_query.append(torch.bmm(grads, key[:, 0, :seen]).unflatten(1, (queries, size)))
+            d_key.add(torch.bmm(grads.transpose(1, 2), some))
+            d_value.add(torch.bmm(scores.transpose(1, 2), d_some))
+        _scatter(out[0][samples], _join(d_query))
+        for target, total in zip(out[1:], (d_key, d_value), strict=True):
+            _scatter(target[samples, :, :, None], total.value[:, None])
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """The blocks of queries ``[m, J, Q, hd]`` one after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+class _Sum:
+    """The gradient of a group's keys or values, ``value [m, S, hd]``; several blocks add up in fp32."""
+
+    def __init__(self, like: Tensor, blocks: list[_Block]) -> None:
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.single = len(blocks) == 1
+        self.value = like[:, 0] if self.single else torch.zeros_like(like[:, 0], dtype=wide)
+
+    def add(self, part: Tensor) -> None:
+        """Adds the part of a block, ``[m, seen, hd]``."""
+        if self.single:
+            self.value = part
+        else:
+            self.value[:, : part.shape[1]] += part
+
+
+def _largest(rows: _Rows, heads: int) -> int:
+    """Number of weights of the largest block."""
+    sizes = (
+        (block.samples.stop - block.samples.start) * heads * (block.end - block.first) * block.seen
+        for blocks in rows.blocks(heads)
+        for block in blocks
+    )
+    return max(sizes, default=0)

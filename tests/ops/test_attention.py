@@ -87,20 +87,24 @@ def test_the_reference_without_dropout_is_sdpa(causal: bool) -> None:
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("block", [1, 7, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_blocks_change_no_mask(path: str, dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_change_no_mask(
+    path: str, dtype: torch.dtype, block: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(2, 50, 2, 4, 8, dtype=dtype)
     keys = sample_keys(key_of(2))
 
     def run() -> tuple[Tensor, Tensor]:
         x = qkv.clone().requires_grad_()
-        out = chunked.chunked_attention(x, None, None, False, 0.3, keys, 0)
+        out = chunked.chunked_attention(x, None, None, causal, 0.3, keys, 0)
         return out.detach(), torch.autograd.grad(out.float().square().sum(), x)[0]
 
     out, gradient = run()
     monkeypatch.setattr(chunked, "_BLOCK_ELEMENTS", 4 * 50 * block)
+    monkeypatch.setattr(chunked, "_CAUSAL_ROWS", 16)
     for value, expected in zip(run(), (out, gradient), strict=True):
         assert difference(value, expected.double()) < (1e-5 if dtype == torch.float32 else 2e-2)
 
