@@ -1,7 +1,7 @@
-"""Attention as GEMMs over blocks of one sequence's weights, which stay in the cache.
+"""Attention as GEMMs over blocks of a few sequences' weights, which stay in the cache.
 
-For each sequence and block of queries: scores = q k^T (bf16 GEMM), softmax and dropout over their rows in
-one pass (fp32 inside, compiled; see csrc/helpers/softmax.cpp), then weights v. Only the log-sum-exp of each
+For each block of queries: scores = q k^T (bf16 GEMM), softmax and dropout over their rows in one pass (fp32
+inside, compiled; see csrc/helpers/softmax.cpp), then weights v. Only the log-sum-exp of each
 row is kept; the backward pass recomputes the scores and the masks (as FlashAttention does, arXiv
 2205.14135). Of a causal block the columns after its last query are never computed. PyTorch's CPU SDPA takes
 three times as long in bf16, and leaves its fast path altogether when weights are dropped.
@@ -34,7 +34,8 @@ def chunked_attention(
 
     Args:
         q: ``[B, S, G, J, hd]`` (``J`` query heads to a group), or all of ``[B, S, G, J + 2, hd]`` with key
-        and value last. k, v: ``[B, S, G, hd]``, or ``None`` when ``q`` has them.
+            and value last.
+        k, v: ``[B, S, G, hd]``, or ``None`` when ``q`` has them.
         keys: int64 ``[B]``, :func:`elle_mp.ops.dropout.sample_keys`.
         first_head: number of the first query head in the masks.
 
