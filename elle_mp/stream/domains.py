@@ -18,6 +18,7 @@ from elle_mp.data.sources import check_source, read_documents
 from elle_mp.data.tokenizer import Tokenizer, train_sentencepiece
 from elle_mp.errors import UserError
 from elle_mp.parallel.agreement import on_first_rank_then_all
+from elle_mp.train.signals import ending
 
 RECOVER, TRAIN = "recover", "train"
 PHASES = (RECOVER, TRAIN)
@@ -140,10 +141,11 @@ def _tokenizer(config: Config, run_dir: Path, say: Callable[[str], None]) -> Tok
         tokenizer.save(kept)
         return tokenizer
     say(f"training a tokenizer of {config.tokenizer.vocab_size} pieces on {config.stream[0].domain}")
-    return train_sentencepiece(
-        read_documents(config.stage_data(0), "train"),
-        config.tokenizer.vocab_size,
-        kept,
-        model_type=config.tokenizer.model_type,
-        seed=config.run.seed,
-    )
+    with ending(clean_up=False):
+        return train_sentencepiece(
+            read_documents(config.stage_data(0), "train"),
+            config.tokenizer.vocab_size,
+            kept,
+            model_type=config.tokenizer.model_type,
+            seed=config.run.seed,
+        )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from rich.console import Console
 
@@ -16,11 +17,13 @@ from elle_mp.models.build import Precision
 from elle_mp.models.spec import ModelSpec
 from elle_mp.observe.journal import Journal
 from elle_mp.observe.tables import growth_table, make_console, stages_table
-from elle_mp.parallel.agreement import on_first_rank
+from elle_mp.parallel.agreement import on_first_rank, on_first_rank_then_all
 from elle_mp.parallel.mesh import start_distributed
 from elle_mp.stream.domains import check_data, open_domains
-from elle_mp.stream.run_directory import open_run_directory
+from elle_mp.stream.run_directory import finished_state, open_run_directory, restore_results
 from elle_mp.stream.runner import StreamRunner
+from elle_mp.stream.state import DONE, RunState
+from elle_mp.train.signals import ending
 from elle_mp.train.speed import gemm_rate
 
 STOPPED = "stopped in stage {stage} ({domain}, {phase}) after step {step}; run the same command again to go on"
@@ -32,32 +35,42 @@ def pretrain(config_path: Path, overrides: Sequence[str] = ()) -> None:
     Raises:
         UserError: anything in the configuration, the data or the run directory is wrong.
     """
-    config = load_config(config_path, overrides)
-    check_growth(config)
     device = start_distributed()
     console = make_console(dist.get_rank() == 0)
     try:
-        check_layout(config, dist.get_world_size())
-        on_first_rank(lambda: check_data(config))
-        on_first_rank(lambda: open_run_directory(config))
+        # Rank 0 reads first and the others hear of its failure, so that it has spoken before the launcher ends all.
+        config = on_first_rank_then_all(lambda: checked_config(config_path, overrides))
         run_dir = Path(config.run.dir)
-        peak = gemm_rate(device, Precision.named(config.precision).compute) * dist.get_world_size()
-        domains = open_domains(config, run_dir, console.print)
-        journal = Journal(run_dir, dist.get_rank() == 0, config.log.every, config.log.tensorboard, peak)
-        runner = StreamRunner(config, domains, run_dir, device, journal)
-        try:
-            finished = runner.run()
-        finally:
-            journal.close()
-        if finished:
-            print_results(console, runner.results())
+        state = on_first_rank_then_all(lambda: finished_state(config))
+        if state is None:
+            state = _run(config, run_dir, device, console)
+        else:
+            on_first_rank(lambda: restore_results(run_dir, state))
+        if state.phase == DONE:
+            print_results(console, state.results())
             console.print(f"results: {run_dir / 'results.json'}")
         else:
-            state = runner.state
             domain = config.stream[state.stage].domain
             console.print(STOPPED.format(stage=state.stage, domain=domain, phase=state.phase, step=state.step))
     finally:
         dist.destroy_process_group()
+
+
+def _run(config: Config, run_dir: Path, device: torch.device, console: Console) -> RunState:
+    """Goes on with a run to its end or until a signal; returns where it stands then."""
+    first = dist.get_rank() == 0
+    on_first_rank(lambda: check_data(config))
+    on_first_rank(lambda: open_run_directory(config))
+    peak = gemm_rate(device, Precision.named(config.precision).compute) * dist.get_world_size()
+    with ending(clean_up=first):
+        domains = open_domains(config, run_dir, console.print)
+    journal = Journal(run_dir, first, config.log.every, config.log.tensorboard, peak)
+    try:
+        runner = StreamRunner(config, domains, run_dir, device, journal)
+        runner.run()
+    finally:
+        journal.close()
+    return runner.state
 
 
 def print_results(console: Console, results: Mapping[str, Any]) -> None:
@@ -65,6 +78,18 @@ def print_results(console: Console, results: Mapping[str, Any]) -> None:
     console.print(stages_table(results))
     if any(stage["growth"] for stage in results["stages"]):
         console.print(growth_table(results))
+
+
+def checked_config(path: Path, overrides: Sequence[str]) -> Config:
+    """The configuration, with every layout and every growth of the stream checked.
+
+    Raises:
+        UserError: something in it is wrong.
+    """
+    config = load_config(path, overrides)
+    check_growth(config)
+    check_layout(config, dist.get_world_size())
+    return config
 
 
 def check_growth(config: Config) -> None:

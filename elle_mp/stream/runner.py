@@ -11,23 +11,26 @@ import torch
 
 from elle_mp.checkpoint.store import CheckpointStore
 from elle_mp.config import Config, OptimConfig
+from elle_mp.errors import UserError
 from elle_mp.growth.plan import make_plan
 from elle_mp.models.build import Precision, checking_copy, empty_model
 from elle_mp.models.flops import parameter_count, training_flops_per_token
 from elle_mp.models.spec import ModelSpec
 from elle_mp.models.transformer import Transformer
 from elle_mp.observe.journal import Journal, Place
+from elle_mp.parallel.agreement import on_first_rank
 from elle_mp.parallel.mesh import Grid, make_grid
 from elle_mp.parallel.sharding import initialise
 from elle_mp.stream.domains import RECOVER, TRAIN, Domains
 from elle_mp.stream.evaluation import perplexity
 from elle_mp.stream.growing import grow, grow_and_prove
 from elle_mp.stream.lifelong import average_increased_perplexity, average_perplexity
+from elle_mp.stream.run_directory import restore_results
 from elle_mp.stream.state import BEGIN, DONE, RunState
 from elle_mp.train.optimizer import ShardedAdamW
 from elle_mp.train.schedules import rate_factor
 from elle_mp.train.signals import StopRequest
-from elle_mp.train.trainer import Trainer, check_finite, rows_of
+from elle_mp.train.trainer import StepResult, Trainer, check_finite, rows_of
 
 
 class StreamRunner:
@@ -40,12 +43,14 @@ class StreamRunner:
     def __init__(self, config: Config, domains: Domains, run_dir: Path, device: torch.device, journal: Journal) -> None:
         self.config = config
         self.domains = domains
+        self.run_dir = run_dir
         self.store = CheckpointStore(run_dir / "checkpoints")
         self.device = device
         self.journal = journal
         self.precision = Precision.named(config.precision)
         self.state = RunState()
         self.saved_at = -1
+        self.trouble: UserError | None = None
         self._open()
 
     def run(self) -> bool:
@@ -61,16 +66,14 @@ class StreamRunner:
                     self._begin_stage()
                     self.state.stage_seconds += time.perf_counter() - began
                     continue
-                if not self._train_phase(stop):
+                asked = self._train_phase(stop)
+                if self.state.step == self._phase_steps(self.state.stage, self.state.phase):
+                    self._finish_phase()
+                elif self.saved_at != self.state.global_step:
+                    self._save()
+                if asked and self.state.phase != DONE:
                     return False
-                self._finish_phase()
         return True
-
-    def results(self) -> dict[str, Any]:
-        """What ``results.json`` holds."""
-        stages = self.state.stages
-        last = stages[-1] if stages else {}
-        return {"ap": last.get("ap"), "ap_plus": last.get("ap_plus"), "stages": stages}
 
     # Start and resume
 
@@ -81,13 +84,14 @@ class StreamRunner:
             spec = ModelSpec.from_config(self.config, self.domains.tokenizer.vocab_size)
             self._make(spec)
             initialise(self.model, self.config.run.seed)
-            self.journal.start(0)
+            on_first_rank(lambda: self.journal.start(0))
             return
         meta = self.store.meta(name)
         self.state = RunState.from_json(meta["state"])
         self._load(name, max(self.state.stage - (self.state.phase in (BEGIN, DONE)), 0))
         self.saved_at = self.state.global_step
-        self.journal.start(self.state.global_step)
+        on_first_rank(lambda: self.journal.start(self.state.global_step))
+        on_first_rank(lambda: restore_results(self.run_dir, self.state))
         self.journal.say(f"going on from checkpoint {name}")
 
     def _layout(self, stage: int) -> None:
@@ -106,7 +110,8 @@ class StreamRunner:
         self.store.load(name, self._tensors())
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {f"model.{name}": item.detach() for name, item in self.model.named_parameters()}
+        # The optimizer's are always the sharded masters; the model's may be gathered copies in the compute dtype.
+        tensors = {f"model.{name}": item.detach() for name, item in self.optimizer.parameters.items()}
         if self.model.norm_stats is not None:
             tensors["model.norm_stats"] = self.model.norm_stats
         return tensors | {f"optim.{name}": item for name, item in self.optimizer.tensors().items()}
@@ -160,7 +165,7 @@ class StreamRunner:
         self.journal.grew(config.stream[stage].domain, grown.record)
 
     def _train_phase(self, stop: StopRequest) -> bool:
-        """Trains to the end of the phase; False when asked to stop (the run is then saved)."""
+        """Trains to the end of the phase, or until asked to stop, which is what it returns."""
         state, config = self.state, self.config
         stage, phase = state.stage, state.phase
         steps = self._phase_steps(stage, phase)
@@ -175,7 +180,7 @@ class StreamRunner:
             while state.step < steps:
                 began = time.perf_counter()
                 factor = self._rate_factor(stage, phase)
-                result = trainer.step(builder.batch(state.step, first, last), factor, stop)
+                result = trainer.step(builder.batch(state.step, first, last), factor, lambda: self._must_stop(stop))
                 check_finite(result, f"stage {stage} ({domain}, {phase}), step {state.step}")
                 state.step += 1
                 state.global_step += 1
@@ -185,22 +190,31 @@ class StreamRunner:
                 state.stage_flops += flops
                 seconds = time.perf_counter() - began
                 state.stage_seconds += seconds
-                self.journal.step(
-                    self._place(),
-                    result.loss,
-                    self.optimizer.lr * factor,
-                    result.grad_norm,
-                    tokens,
-                    flops,
-                    seconds,
-                    state.step,
-                )
+                self._log(result, factor, tokens, flops, seconds)
                 if state.step < steps:
                     self._between_steps(stage, phase)
-                    if result.stop:
-                        self._save()
-                        return False
-        return True
+                if result.stop or state.step == steps:
+                    on_first_rank(self._tell_trouble)
+                if result.stop:
+                    return True
+        return False
+
+    def _log(self, result: StepResult, factor: float, tokens: int, flops: float, seconds: float) -> None:
+        """Books a step. When rank 0 cannot write, all ranks hear of it with the next step: see :meth:`_must_stop`."""
+        rate = self.optimizer.lr * factor
+        try:
+            self.journal.step(
+                self._place(), result.loss, rate, result.grad_norm, tokens, flops, seconds, self.state.step
+            )
+        except UserError as error:
+            self.trouble = error
+
+    def _must_stop(self, stop: StopRequest) -> bool:
+        return stop() or self.trouble is not None
+
+    def _tell_trouble(self) -> None:
+        if self.trouble is not None:
+            raise self.trouble
 
     def _between_steps(self, stage: int, phase: str) -> None:
         state, config = self.state, self.config
@@ -243,7 +257,7 @@ class StreamRunner:
         }
         state.finish_stage(record, last=stage == len(config.stream) - 1)
         self._save(f"stage-{stage}-{record['domain']}")
-        self.journal.results(self.results())
+        on_first_rank(lambda: self.journal.results(state.results()))
 
     # Measures
 
@@ -261,7 +275,7 @@ class StreamRunner:
             "ap": average_perplexity(ppl),
             "ap_plus": average_increased_perplexity(ppl, state.finished_ppl, current),
         }
-        self.journal.evaluation(self._place(), scores)
+        on_first_rank(lambda: self.journal.evaluation(self._place(), scores))
         return scores
 
     def _place(self) -> Place:

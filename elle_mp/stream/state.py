@@ -59,6 +59,11 @@ class RunState:
         self.phase, self.step = (DONE if last else BEGIN), 0
         self.stage_tokens, self.stage_flops, self.stage_seconds, self.growth = 0, 0.0, 0.0, None
 
+    def results(self) -> dict[str, Any]:
+        """What ``results.json`` holds."""
+        last = self.stages[-1] if self.stages else {}
+        return {"ap": last.get("ap"), "ap_plus": last.get("ap_plus"), "stages": self.stages}
+
     @property
     def finished_ppl(self) -> dict[str, float]:
         """Perplexity of each finished domain at the end of its own stage."""

@@ -1,0 +1,231 @@
+"""Tiny streams for tests: real text files, a real configuration, and the real program in processes of its own."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).with_name("program.py")
+TIMINGS = ("seconds", "tokens_per_second", "mfu")
+"""What two runs of the same configuration may differ in."""
+COMMUNICATION = "bytes_communicated"
+"""What two layouts may differ in besides."""
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmn" for vowel in "aeio"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a finished process left."""
+
+    code: int
+    out: str
+    err: str
+
+
+def documents(domain: int, count: int = 150) -> list[str]:
+    """Seeded prose of a domain: its own words, in an order that is its own, too."""
+    chosen = random.Random(f"domain {domain}")
+    words = ["".join(chosen.choices(SYLLABLES, k=chosen.randint(1, 3))) for _ in range(60)]
+    follow = {word: chosen.sample(words, 4) for word in words}
+    texts = []
+    for _ in range(count):
+        word, text = chosen.choice(words), []
+        for _ in range(chosen.randint(15, 40)):
+            text.append(word)
+            word = chosen.choice(follow[word])
+        texts.append(" ".join(text) + ".")
+    return texts
+
+
+def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
+    """A ``.jsonl`` of documents."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def write_stream(folder: Path, family: str = "gpt", **changes: Any) -> Path:
+    """Text and configuration of a stream of three domains with two growths, each recovered from.
+
+    ``changes`` replace or extend sections of the configuration.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, name in enumerate("abc"):
+        write_jsonl(folder / f"{name}.jsonl", documents(index))
+    groups = {"kv_groups": 2} if family == "llama" else {}
+    tree: dict[str, Any] = {
+        "run": {"dir": str(folder / "run"), "seed": 3, "data": str(folder)},
+        "model": {
+            "family": family, "layers": 2, "heads": 2, "head_dim": 8, "seq_len": 32, "vocab_multiple": 64, **groups
+        },
+        "tokenizer": {"vocab_size": 320},
+        "memory": {"tokens": 700, "replay": 0.25},
+        "optim": {"lr": 3e-3, "warmup": 0.2},
+        "batch": {"global": 8, "micro": 4},
+        "precision": "fp64",
+        "checkpoint": {"every": 3, "keep": 2},
+        "eval": {"every": 3, "batches": 2},
+        "log": {"every": 1, "tensorboard": False},
+        "stream": [
+            {"domain": "a", "data": "a.jsonl", "steps": 8},
+            {"domain": "b", "data": "b.jsonl", "steps": 8, "grow": {"layers": 3, "heads": 4}, "recover": {"steps": 5}},
+            {
+                "domain": "c", "data": "c.jsonl", "steps": 7, "grow": {"layers": 4, "heads": 6, "mlp": 200},
+                "recover": {"steps": 4},
+            },
+        ],
+    }  # fmt: skip
+    for key, value in changes.items():
+        tree[key] = tree[key] | value if isinstance(value, dict) else value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def command(*arguments: str, ranks: int = 1) -> list[str]:
+    """The command line of ``elle-mp pretrain``, under torchrun when there are several ranks."""
+    return [*_launcher(ranks), "-m", "elle_mp", "pretrain", *arguments]
+
+
+def _launcher(ranks: int) -> list[str]:
+    if ranks == 1:
+        return [sys.executable]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+
+
+def start(arguments: Sequence[str], **streams: Any) -> subprocess.Popen[str]:
+    """Starts a program with one thread a process, in a process group of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    return subprocess.Popen(arguments, text=True, env=environment, start_new_session=True, **pipes)
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 200) -> Ended:
+    """Waits for a started program."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return Ended(process.returncode, out, err)
+
+
+def run(config: Path, *overrides: str, ranks: int = 1, strike: str | None = None) -> Ended:
+    """Runs ``elle-mp pretrain`` to its end, in one process or under torchrun.
+
+    Args:
+        strike: ``RANK:SIGNAL[+SIGNAL]@PLACE=COUNT``, a signal at an exact place, see ``tests/stream/program.py``.
+    """
+    arguments = ["pretrain", str(config), *overrides]
+    if ranks > 1:
+        return finish(start([*_launcher(ranks), str(PROGRAM), strike or "-", *arguments]))
+    server = getattr(_servers, "mine", None)
+    if server is None:
+        server = _servers.mine = Server()
+    return server.run([strike or "-", *arguments])
+
+
+class Server:
+    """A process that has imported everything and forks for every run, which saves each two seconds of imports."""
+
+    def __init__(self) -> None:
+        streams = {"stdin": subprocess.PIPE, "stderr": None}
+        self.process = start([sys.executable, str(PROGRAM), "serve"], **streams)
+        atexit.register(self.process.kill)
+
+    def run(self, arguments: list[str]) -> Ended:
+        """The program on ``arguments``, in a process of its own."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = Path(folder, "out"), Path(folder, "err")
+            self.process.stdin.write(json.dumps([str(out), str(err), arguments]) + "\n")
+            self.process.stdin.flush()
+            code = int(self.process.stdout.readline())
+            return Ended(code, out.read_text(), err.read_text())
+
+
+_servers = threading.local()
+
+
+def succeed(config: Path, *overrides: str, ranks: int = 1, strike: str | None = None) -> Ended:
+    """Runs the program, which must end well."""
+    ended = run(config, *overrides, ranks=ranks, strike=strike)
+    assert ended.code == 0, ended.err
+    return ended
+
+
+@functools.cache
+def reference(family: str, **changes: Any) -> Path:
+    """The run directory of an uninterrupted run in one process, made once for all tests; its text lies beside it.
+
+    ``changes`` are keys of the top level. bert has dropout, so that one family shows that masks do not depend on
+    the layout.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f"elle-{family}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    extra: dict[str, Any] = {"model": {"dropout": 0.1}} if family == "bert" else {}
+    succeed(write_stream(folder, family, **extra, **changes))
+    return folder / "run"
+
+
+def config_of(run_dir: Path) -> Path:
+    """The configuration behind a reference."""
+    return run_dir.with_name("config.yaml")
+
+
+def lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    """``metrics`` or ``evals`` of a run."""
+    return [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+
+
+def results(run_dir: Path) -> dict[str, Any]:
+    """``results.json`` of a run."""
+    return json.loads((run_dir / "results.json").read_text())
+
+
+def without(value: Any, left_out: Sequence[str]) -> Any:
+    """A JSON value without some keys, at any depth."""
+    if isinstance(value, dict):
+        return {key: without(item, left_out) for key, item in value.items() if key not in left_out}
+    return [without(item, left_out) for item in value] if isinstance(value, list) else value
+
+
+def record(run_dir: Path, left_out: Sequence[str] = TIMINGS) -> dict[str, Any]:
+    """Everything that a run measured, times apart."""
+    whole = {"metrics": lines(run_dir, "metrics"), "evals": lines(run_dir, "evals"), "results": results(run_dir)}
+    return without(whole, left_out)
+
+
+def differences(one: Any, other: Any, tolerance: float, place: str = "") -> list[str]:
+    """Where two JSON values differ: numbers by more than ``tolerance`` relative, anything else at all."""
+    if isinstance(one, dict) and isinstance(other, dict) and list(one) == list(other):
+        return [text for key in one for text in differences(one[key], other[key], tolerance, f"{place}.{key}")]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [text for index, (a, b) in pairs for text in differences(a, b, tolerance, f"{place}.{index}")]
+    if isinstance(one, float) and isinstance(other, float):
+        if abs(one - other) <= tolerance * max(abs(one), abs(other)):
+            return []
+    elif one == other:
+        return []
+    return [f"{place}: {one!r} and {other!r}"]
