@@ -1,0 +1,149 @@
+"""Every layout trains the same model: losses, gradient norms, every gradient and every weight, through a growth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from elle_mp.data.batches import Batch
+from elle_mp.models.transformer import IGNORED
+from elle_mp.train.trainer import Trainer, rows_of
+from tests.distributed_utils import run_distributed
+from tests.tiny import (
+    TEXT,
+    apply,
+    config_of,
+    gradients,
+    grid,
+    model_of,
+    moments,
+    optimizer_of,
+    plan_of,
+    scatter_moments,
+    spec_of,
+    text,
+    weights,
+)
+
+ROWS, STEPS = 4, 10
+LAYOUTS = {
+    "tp2": {"tp": 2},
+    "dp_shard2": {"dp_shard": 2},
+    "dp_replicate2": {"dp_replicate": 2},
+    "tp2 x dp_shard2": {"tp": 2, "dp_shard": 2},
+}
+RANKS = {"tp2": 2, "dp_shard2": 2, "dp_replicate2": 2, "tp2 x dp_shard2": 4}
+GROW = {"layers": 3, "heads": 6, "mlp": 60}
+
+
+def global_batch(step: int) -> Batch:
+    """Targets unevenly spread: the first rows predict almost nothing."""
+    tokens, domain, targets = text(ROWS, seed=step)
+    targets[0, 1:] = IGNORED
+    targets[1, TEXT // 2 :] = IGNORED
+    return Batch(tokens, targets, domain, torch.arange(ROWS) + ROWS * step)
+
+
+def run(family: str, layout: dict[str, int], dropout: float) -> dict[str, Any]:
+    """Twenty steps with a growth in the middle; what rank 0 saw, tensors whole."""
+    place = grid(**layout)
+    config = config_of(family, dropout=dropout)
+    model = model_of(spec_of(family, dropout=dropout), place, spread=0.05)
+    optimizer = optimizer_of(model, lr=3e-3)
+    seen: dict[str, Any] = {"loss": [], "norm": [], "gradients": []}
+    for step in range(2 * STEPS):
+        if step == STEPS:
+            plan, _ = plan_of(model.spec, config.model, GROW)
+            model, optimizer, _ = apply(plan, model, optimizer.moments, lr=3e-3)
+        trainer = Trainer(model, optimizer, micro=1, dropout_seed=3)
+        inner = optimizer.step
+
+        def recording(factor: float, inner: Any = inner, model: Any = model, step: int = step) -> float:
+            if step % 5 == 4:
+                seen["gradients"].append(gradients(model))
+            return inner(factor)
+
+        optimizer.step = recording  # type: ignore[method-assign]
+        first, last = rows_of(place, ROWS)
+        result = trainer.step(global_batch(step).rows(first, last), 1.0)
+        optimizer.step = inner  # type: ignore[method-assign]
+        seen["loss"].append(result.loss)
+        seen["norm"].append(result.grad_norm)
+    seen["weights"] = weights(model)
+    return seen
+
+
+CASES = [("gpt", 0.0, name) for name in LAYOUTS]
+CASES += [("bert", 0.1, "tp2"), ("bert", 0.1, "tp2 x dp_shard2"), ("llama", 0.1, "tp2"), ("llama", 0.0, "dp_shard2")]
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Any:
+    """The same run on one rank, once for each family and dropout."""
+    known: dict[tuple[str, float], dict[str, Any]] = {}
+
+    def get(family: str, dropout: float) -> dict[str, Any]:
+        if (family, dropout) not in known:
+            known[family, dropout] = run_distributed(run, 1, family, {}, dropout)[0]
+        return known[family, dropout]
+
+    return get
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("family", "dropout", "layout"), CASES)
+def test_every_gradient_is_that_of_one_process(family: str, dropout: float, layout: str, one_process: Any) -> None:
+    wanted = one_process(family, dropout)
+    for got in run_distributed(run, RANKS[layout], family, LAYOUTS[layout], dropout):
+        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-9)
+        assert got["norm"] == pytest.approx(wanted["norm"], rel=1e-9)
+        for ours, theirs in zip(got["gradients"], wanted["gradients"], strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, gradient in theirs.items():
+                # A tensor whose gradient cancels to almost nothing is held to the scale of the others.
+                largest = max(float(gradient.abs().max()), 1e-3 * max(float(g.abs().max()) for g in theirs.values()))
+                assert float((ours[name] - gradient).abs().max()) <= 1e-9 * largest, name
+        for name, weight in wanted["weights"].items():
+            assert float((got["weights"][name] - weight).abs().max()) <= 1e-8 * float(weight.abs().max()), name
+
+
+def grown_tensors(family: str, layout: dict[str, int], growth: dict[str, Any], grow: dict[str, int]) -> Any:
+    """Grown weights and moments, whole, with the bytes received and the collectives issued while growing."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    model = model_of(spec_of(family), grid(**layout), dtype=torch.float32)
+    optimizer = optimizer_of(model)
+    scatter_moments(model, optimizer, 5, 7)
+    plan, _ = plan_of(model.spec, config_of(family).model, grow, **growth)
+    with CommDebugMode() as counter:
+        new, grown, received = apply(plan, model, optimizer.moments)
+    return weights(new) | moments(grown), received, counter.get_total_counts()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["tp2", "dp_shard2", "tp2 x dp_shard2"])
+@pytest.mark.parametrize("family", ["bert", "gpt", "llama"])
+def test_growth_is_local_and_bitwise_the_same_under_every_layout(family: str, layout: str) -> None:
+    """Noise included; cuts that align with the maps need no collective (growth.md, section 2)."""
+    wanted, _, _ = run_distributed(grown_tensors, 1, family, {}, {}, GROW | {"heads": 8})[0]
+    for got, received, collectives in run_distributed(
+        grown_tensors, RANKS[layout], family, LAYOUTS[layout], {}, GROW | {"heads": 8}
+    ):
+        for name, tensor in wanted.items():
+            assert torch.equal(got[name], tensor), name
+        # Four shards cut llama's two groups in half, and a group's queries grow: those rows come from a neighbour.
+        aligned = (family, layout) != ("llama", "tp2 x dp_shard2")
+        assert (received == 0, collectives == 0) == (aligned, aligned)
+
+
+@pytest.mark.distributed
+def test_cuts_that_do_not_align_are_gathered_and_counted() -> None:
+    """The paper's random maps leave their rank: still the same tensors, and the record says what it cost."""
+    growth = {"width": "elle", "depth": "elle", "moments": "scaled"}
+    wanted, _, _ = run_distributed(grown_tensors, 1, "gpt", {}, growth, {"heads": 6})[0]
+    for got, received, collectives in run_distributed(grown_tensors, 2, "gpt", {"tp": 2}, growth, {"heads": 6}):
+        assert received > 0 and collectives > 0
+        for name, tensor in wanted.items():
+            assert torch.equal(got[name], tensor), name
