@@ -1,7 +1,7 @@
 """The program itself, with a signal at an exact place of the stream: no test has to race with it.
 
-``program.py STRIKE pretrain CONFIG ...`` runs ``elle-mp pretrain``; several runs are separated by ``+``. STRIKE is
-``-`` or ``RANK:SIGNAL[+SIGNAL]@PLACE=COUNT``: before the COUNT-th PLACE, RANK (or ``all``) sends itself the signals.
+``program.py STRIKE pretrain CONFIG ...`` runs ``elle-mp pretrain``. STRIKE is ``-`` or
+``RANK:SIGNAL[+SIGNAL]@PLACE=COUNT``: before the COUNT-th PLACE, RANK (or ``all``) sends itself the signals.
 ``program.py serve`` reads runs from standard input, forks for each, and prints its exit code.
 """
 
@@ -47,28 +47,17 @@ def prepare(strike: str) -> None:
 def serve() -> list[str] | None:
     """Forks for every line of standard input; returns a child's arguments in the child, None at the end."""
     for line in iter(sys.stdin.readline, ""):
-        out, err, arguments = json.loads(line)
+        out, err, environment, seconds, arguments = json.loads(line)
         child = os.fork()
         if child == 0:
             os.setsid()
+            signal.alarm(seconds)
+            os.environ.update(environment)
             for path, stream in ((out, 1), (err, 2)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
             return arguments
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     return None
-
-
-def run_all(arguments: list[str]) -> None:
-    """Runs the commands, separated by ``+``, and ends as the first that fails does."""
-    if "+" not in arguments:
-        main(arguments)
-    cut = arguments.index("+")
-    try:
-        main(arguments[:cut])
-    except SystemExit as end:
-        if end.code:
-            raise
-    run_all(arguments[cut + 1 :])
 
 
 if __name__ == "__main__":
@@ -79,4 +68,4 @@ if __name__ == "__main__":
         given = serve() or sys.exit()
     if given[0] != "-":
         prepare(given[0])
-    run_all(given[1:])
+    main(given[1:])

@@ -8,21 +8,23 @@ import json
 import os
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("program.py")
+LONGEST = 100
+"""Seconds that a run may take."""
 TIMINGS = ("seconds", "tokens_per_second", "mfu")
 """What two runs of the same configuration may differ in."""
 COMMUNICATION = "bytes_communicated"
@@ -98,18 +100,20 @@ def write_stream(folder: Path, family: str = "gpt", **changes: Any) -> Path:
     return path
 
 
-def command(*arguments: str, ranks: int = 1) -> list[str]:
+def command(*arguments: str, ranks: int = 1, strike: str | None = None) -> list[str]:
     """The command line of ``elle-mp pretrain``, under torchrun when there are several ranks."""
-    return [*_launcher(ranks), "-m", "elle_mp", "pretrain", *arguments]
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+    program = ["-m", "elle_mp"] if strike is None else [str(PROGRAM), strike]
+    return [*launcher, *program, "pretrain", *arguments]
 
 
-def _launcher(ranks: int) -> list[str]:
-    if ranks == 1:
-        return [sys.executable]
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+        return int(free.getsockname()[1])
 
 
 def start(arguments: Sequence[str], **streams: Any) -> subprocess.Popen[str]:
@@ -119,52 +123,75 @@ def start(arguments: Sequence[str], **streams: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, text=True, env=environment, start_new_session=True, **pipes)
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 200) -> Ended:
-    """Waits for a started program."""
+def finish(process: subprocess.Popen[str], timeout: float = LONGEST) -> Ended:
+    """Waits for a started program; one that takes too long is ended, and so is what torchrun started."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()
+        process.communicate(timeout=60)
         raise
     return Ended(process.returncode, out, err)
 
 
 def run(config: Path, *overrides: str, ranks: int = 1, strike: str | None = None) -> Ended:
-    """Runs ``elle-mp pretrain`` to its end, in one process or under torchrun.
+    """Runs ``elle-mp pretrain`` to its end, each rank in a process of its own.
+
+    The processes are forked from ones that have imported everything, and find each other through the variables that
+    torchrun and srun set. Imports would otherwise be most of the time of these tests.
 
     Args:
         strike: ``RANK:SIGNAL[+SIGNAL]@PLACE=COUNT``, a signal at an exact place, see ``tests/stream/program.py``.
     """
-    arguments = ["pretrain", str(config), *overrides]
-    if ranks > 1:
-        return finish(start([*_launcher(ranks), str(PROGRAM), strike or "-", *arguments]))
-    server = getattr(_servers, "mine", None)
-    if server is None:
-        server = _servers.mine = Server()
-    return server.run([strike or "-", *arguments])
+    arguments = [strike or "-", "pretrain", str(config), *overrides]
+    free = servers()
+    mine = [free.get() for _ in range(ranks)]
+    port = free_port()
+
+    def run_rank(rank: int) -> Ended:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {key: str(value) for key, value in (place | address).items()}
+        return mine[rank].run(arguments, environment if ranks > 1 else {})
+
+    try:
+        with ThreadPoolExecutor(ranks) as pool:
+            ends = list(pool.map(run_rank, range(ranks)))
+    finally:
+        for server in mine:
+            free.put(server)
+    return Ended(max((end.code for end in ends), key=abs), ends[0].out, "".join(end.err for end in ends))
 
 
 class Server:
-    """A process that has imported everything and forks for every run, which saves each two seconds of imports."""
+    """A process that has imported everything and forks for every run."""
 
     def __init__(self) -> None:
-        streams = {"stdin": subprocess.PIPE, "stderr": None}
-        self.process = start([sys.executable, str(PROGRAM), "serve"], **streams)
-        atexit.register(self.process.kill)
+        self.process: subprocess.Popen[str] | None = None
 
-    def run(self, arguments: list[str]) -> Ended:
+    def run(self, arguments: list[str], environment: dict[str, str]) -> Ended:
         """The program on ``arguments``, in a process of its own."""
+        if self.process is None:
+            self.process = start([sys.executable, str(PROGRAM), "serve"], stdin=subprocess.PIPE, stderr=None)
+            atexit.register(self.process.kill)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
-            self.process.stdin.write(json.dumps([str(out), str(err), arguments]) + "\n")
+            call = [str(out), str(err), environment, LONGEST, arguments]
+            self.process.stdin.write(json.dumps(call) + "\n")
             self.process.stdin.flush()
             code = int(self.process.stdout.readline())
             return Ended(code, out.read_text(), err.read_text())
 
 
-_servers = threading.local()
+@functools.cache
+def servers() -> Queue[Server]:
+    """The servers that are free: as many as there are ranks in these tests."""
+    free: Queue[Server] = Queue()
+    for _ in range(2):
+        free.put(Server())
+    return free
 
 
 def succeed(config: Path, *overrides: str, ranks: int = 1, strike: str | None = None) -> Ended:
