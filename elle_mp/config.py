@@ -41,6 +41,7 @@ class ModelConfig(Section):
     family: Family = "gpt"
     """``bert`` (post-LN, MLM), ``gpt`` (pre-LN) or ``llama`` (RMSNorm, RoPE, SwiGLU, GQA)."""
     layers: Positive = 4
+    """Transformer layers."""
     heads: Positive = 4
     """Query heads."""
     head_dim: Positive = 32
@@ -103,11 +104,13 @@ class TokenizerConfig(Section):
     """The tokenizer; trained on the first domain when there is no path."""
 
     kind: Literal["sentencepiece"] = "sentencepiece"
+    """The library that trains and reads it."""
     path: str | None = None
     """A folder with ``tokenizer.model``, or the file."""
     vocab_size: Annotated[int, Field(ge=300)] = 4096
     """Pieces of a trained tokenizer (byte pieces included)."""
     model_type: Literal["unigram", "bpe"] = "unigram"
+    """How pieces are chosen when it is trained."""
 
 
 class PromptsConfig(Section):
@@ -146,7 +149,9 @@ class OptimConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """Decay of the first and the second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay."""
     decay: Literal["matrices", "all"] = "matrices"
@@ -154,6 +159,7 @@ class OptimConfig(Section):
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 for no clipping."""
     schedule: Literal["linear", "cosine", "inverse_sqrt", "wsd", "constant"] = "linear"
+    """How the rate falls after the warm-up."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.08
     """Share of the steps over which the rate rises from 0."""
     decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
@@ -194,8 +200,11 @@ class ParallelConfig(Section):
     dp_replicate: Positive | Literal["auto"] = "auto"
     """Replicas; ``auto`` takes the ranks that are left."""
     sequence_parallel: Literal[False] = False
+    """Not in this version."""
     schedule: Literal["1f1b"] = "1f1b"
+    """Of the pipeline; it has one stage in this version."""
     engine: Literal["fsdp"] = "fsdp"
+    """What shards the data-parallel state: PyTorch's FSDP2."""
     reshard_after_forward: bool = True
     """Free gathered parameters between forward and backward (saves memory, gathers twice)."""
 
@@ -224,24 +233,31 @@ class LogConfig(Section):
     every: Positive = 10
     """Steps between lines of ``metrics.jsonl``."""
     tensorboard: bool = True
+    """Also write TensorBoard event files."""
 
 
 class GrowConfig(Section):
     """New sizes of a stage; what is left out stays (the MLP follows the width by its ratio)."""
 
     layers: Positive | None = None
+    """Transformer layers."""
     heads: Positive | None = None
+    """Query heads; the width is ``heads * head_dim``."""
     kv_groups: Positive | None = None
+    """Key/value heads (``llama``)."""
     mlp: Positive | None = None
+    """Inner width of the MLP."""
 
 
 class RecoverConfig(Section):
     """Training on the memories of all earlier domains, right after growth."""
 
     steps: NonNegative = 0
+    """Steps of the phase; 0 for none."""
     lr: Annotated[float, Field(gt=0)] | None = None
     """Peak rate of the phase; the stage's when not given."""
     warmup: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Share of the schedule over which the rate rises; the stage's when not given."""
     schedule_steps: Positive | None = None
     """Length of the schedule when longer than the phase (the paper cuts its schedule short)."""
 
@@ -250,11 +266,15 @@ class StageConfig(Section):
     """One domain of the stream."""
 
     domain: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$")]
+    """Its name: letters, digits, ``_ . -``; every stage has its own."""
     data: Annotated[str, Field(min_length=1)]
     """``.jsonl``, ``.txt``, a folder with ``train``/``valid``, a ``.bin/.idx`` prefix, or ``builtin:NAME``."""
     steps: Positive
+    """Steps on the domain, replay included."""
     grow: GrowConfig | None = None
+    """New sizes, taken on before the stage begins; none for the first stage."""
     recover: RecoverConfig = RecoverConfig()
+    """Training on the memories before the stage's own text."""
     parallel: dict[str, Any] = {}
     """Overrides of ``parallel`` for this stage."""
     batch: dict[str, Any] = {}
