@@ -6,8 +6,8 @@ Both sides: the same batches, bf16 compute with fp32 masters, clipping at norm 1
 same three kinds of places (embeddings, sub-layer outputs, attention weights). Theirs: ``GPT2LMHeadModel`` and
 ``RobertaForMaskedLM`` with SDPA attention under bf16 autocast. Ours: the model, the optimizer and the step of
 ``elle-mp pretrain``, without a soft prompt. A pair of steps, one of each side, is measured close together, so
-that what else runs on the machine slows both; the ratio is the median over the pairs. Needs the
-``transformers`` extra.
+that what else runs on the machine slows both; the ratio is the median over the pairs; "others" is the share
+of the cores that other processes took meanwhile. Needs the ``transformers`` extra.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ class Row:
     ratio_low: float
     ratio_high: float
     pairs: int
+    others: float
+    """Share of the cores that other processes took meanwhile: numbers with much of it mean little."""
     our_loss: float
     their_loss: float
 
@@ -195,12 +197,16 @@ def compare(family: str, dropout: float, steps: int, sizes: Sizes, device: torch
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, float] = {}
+    before = busy_seconds()
     for number, batch in enumerate(batches):
+        if number == WARM_STEPS:
+            before = busy_seconds()
         order = list(sides) if number % 2 == 0 else list(reversed(sides))
         for name in order:
             taken, losses[name] = timed(sides[name], batch)
             if number >= WARM_STEPS:
                 seconds[name].append(taken)
+    others = share_of_others(before, busy_seconds())
     ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True)]
     tokens = sizes.batch * sizes.length
     return Row(
@@ -212,9 +218,35 @@ def compare(family: str, dropout: float, steps: int, sizes: Sizes, device: torch
         ratio_low=min(ratios),
         ratio_high=max(ratios),
         pairs=len(ratios),
+        others=others,
         our_loss=losses["ours"],
         their_loss=losses["theirs"],
     )
+
+
+@dataclass(frozen=True)
+class Busy:
+    """Seconds since some moment: on the clock, of this process's threads, and of all cores' work."""
+
+    clock: float
+    mine: float
+    everybody: float
+
+
+def busy_seconds() -> Busy:
+    """A reading of the three clocks (Linux; elsewhere nobody else seems to work)."""
+    mine, stat = time.process_time(), Path("/proc/stat")
+    if not stat.exists():
+        return Busy(time.perf_counter(), mine, mine)
+    user, nice, system, _, _, irq, softirq, steal = (int(x) for x in stat.read_text().split()[1:9])
+    ticks = user + nice + system + irq + softirq + steal
+    return Busy(time.perf_counter(), mine, ticks / os.sysconf("SC_CLK_TCK"))
+
+
+def share_of_others(before: Busy, after: Busy) -> float:
+    """What other processes took of the cores between two readings, 0 to 1."""
+    cores = (after.clock - before.clock) * (os.cpu_count() or 1)
+    return max(0.0, (after.everybody - before.everybody - after.mine + before.mine) / cores)
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -242,12 +274,12 @@ def environment(device: torch.device) -> dict[str, str | int]:
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table."""
     lines = [
-        "| family | dropout | elle_mp tokens/s | transformers tokens/s | ratio | lowest to highest (pairs) |",
-        "|---|---|---|---|---|---|",
+        "| family | dropout | elle_mp tokens/s | transformers tokens/s | ratio | lowest to highest (pairs) | others |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row.family} | {row.dropout:g} | {row.ours:,.0f} | {row.theirs:,.0f} | **{row.ratio:.2f}** "
-        f"| {row.ratio_low:.2f} to {row.ratio_high:.2f} ({row.pairs}) |"
+        f"| {row.ratio_low:.2f} to {row.ratio_high:.2f} ({row.pairs}) | {row.others:.0%} |"
         for row in rows
     ]
     return "\n".join(lines)
