@@ -83,7 +83,7 @@ REFUSED: dict[str, tuple[tuple[str, str], tuple[str, ...], str]] = {
     "unknown key, nothing near": (
         ("seed: 1", "zzz: 1"),
         (),
-        r"^run\.yaml:1: run\.zzz: unknown key; known here: dir, seed$",
+        r"^run\.yaml:1: run\.zzz: unknown key; known here: dir, seed, data$",
     ),
     "unknown key in a stage": (
         ("layers: 6,", "layrs: 6,"),

@@ -132,7 +132,7 @@ def train(model: Transformer, optimizer: ShardedAdamW, steps: int, seed: int = 0
         loss = model(tokens, domain, targets) / targets.numel()
         loss.backward()
         optimizer.step(1.0)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 

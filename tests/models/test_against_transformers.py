@@ -193,7 +193,7 @@ def test_bf16_is_near_fp32() -> None:
             loss.backward()
             assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
             assert all(gradient.dtype == torch.float32 for gradient in gradients(model).values())
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             sizes.append(torch.cat([gradient.flatten() for gradient in gradients(model).values()]))
         assert abs(losses[1] - losses[0]) < 2e-3 * losses[0]
         assert float(F.cosine_similarity(sizes[0], sizes[1], dim=0)) > 0.995
