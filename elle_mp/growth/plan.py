@@ -103,6 +103,8 @@ def make_plan(old: ModelSpec, sizes: ModelConfig, growth: GrowthConfig, seed: in
     moments = growth.moments
     if moments == "auto":
         moments = "reset" if "elle" in (width, depth) else "scaled"
+    if sizes_of(sizes) == {key: getattr(old, key) for key in sizes_of(sizes)}:
+        moments = "scaled"  # A stage without growth goes on with its optimizer, whatever growth would have done.
     return GrowthPlan(
         old=old,
         new=replace(target, weighted_norms=weighted, norm_eps=eps),
