@@ -9,8 +9,9 @@ three times as long in bf16, and leaves its fast path altogether when weights ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from elle_mp.ops.native import as_array, helpers
 _BLOCK_ELEMENTS = 2 << 20
 """Weights computed at a time over all heads: two such blocks in bf16 are 8 MB of a last-level cache."""
 
-_CAUSAL_ROWS = 256
+_CAUSAL_ROWS = 512
 """A causal sequence is cut into up to four blocks of queries, of at least so many rows: what its upper triangle
 saves must be worth the smaller GEMMs."""
 
@@ -143,52 +144,66 @@ class _Rows:
 class _Separate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: _Rows) -> Tensor:
-        out, lse = _forward(q, k, v, rows)
-        ctx.save_for_backward(q, k, v, lse)
+        gathered = _gather(q), _gather(k[:, :, :, None]), _gather(v[:, :, :, None])
+        mixed, lse = _forward(*gathered, rows)
+        ctx.save_for_backward(*gathered, lse)
         ctx.rows = rows
-        return out
+        return _scattered(mixed, q.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        _backward(q, k, v, lse, grad, (dq, dk, dv), ctx.rows)
-        return dq, dk, dv, None
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        _backward(q, k, v, lse, _gather(grad), (dq, dk, dv), ctx.rows)
+        batch, length, groups, _, head_dim = grad.shape
+        shape = (batch, length, groups, 1, head_dim)
+        d_key, d_value = (_scattered(x, shape)[:, :, :, 0] for x in (dk, dv))
+        return _scattered(dq, grad.shape), d_key, d_value, None
 
 
 class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, rows: _Rows) -> Tensor:
-        out, lse = _forward(*_slots(qkv), rows)
-        ctx.save_for_backward(qkv, lse)
+        batch, length, groups, slots, head_dim = qkv.shape
+        gathered = qkv.permute(3, 0, 2, 1, 4).contiguous()
+        mixed, lse = _forward(*_slots(gathered), rows)
+        ctx.save_for_backward(gathered, lse)
         ctx.rows = rows
-        return out
+        return _scattered(mixed, (batch, length, groups, slots - 2, head_dim))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        qkv, lse = ctx.saved_tensors
-        d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-        _backward(*_slots(qkv), lse, grad, _slots(d_qkv), ctx.rows)
-        return d_qkv, None
+        gathered, lse = ctx.saved_tensors
+        out = torch.empty_like(gathered)
+        q, k, v = _slots(gathered)
+        dq, dk, dv = _slots(out)
+        _backward(q, k, v, lse, _gather(grad), (dq, dk, dv), ctx.rows)
+        queries = q.shape[1]
+        if queries > 1:
+            # dq was no view: one query head to a group is the case that matters.
+            out[:-2] = dq.unflatten(0, out.shape[1:3]).permute(2, 0, 1, 3, 4)
+        return out.permute(1, 3, 2, 0, 4).contiguous(), None
 
 
-def _slots(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return qkv[:, :, :, :-2], qkv[:, :, :, -2], qkv[:, :, :, -1]
+def _slots(gathered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries ``[B * G, J, S, hd]``, keys and values ``[B * G, 1, S, hd]`` of ``[J + 2, B, G, S, hd]``."""
+    flat = gathered.flatten(1, 2)
+    return flat[:-2].transpose(0, 1).contiguous(), flat[-2][:, None], flat[-1][:, None]
 
 
 def _gather(x: Tensor) -> Tensor:
-    """``[n, S, G, J, hd]`` as contiguous ``[n * G, J, S, hd]``.
+    """``[B, S, G, J, hd]`` as contiguous ``[B * G, J, S, hd]``.
 
-    Copying costs little; the GEMMs of short rows far apart in memory are a quarter slower.
+    One copy costs little; the GEMMs of short rows far apart in memory are a quarter slower.
     """
     return x.permute(0, 2, 3, 1, 4).contiguous().flatten(0, 1)
 
 
-def _scatter(out: Tensor, x: Tensor) -> None:
-    """Writes ``x [n * G, J, S, hd]`` to ``out [n, S, G, J, hd]``."""
-    out.permute(0, 2, 3, 1, 4).copy_(x.view(out.shape[0], out.shape[2], *x.shape[1:]))
+def _scattered(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """``x [B * G, J, S, hd]`` as contiguous ``[B, S, G, J, hd]``, which is ``shape``."""
+    return x.view(shape[0], shape[2], *x.shape[1:]).permute(0, 3, 1, 2, 4).contiguous()
 
 
 def _some(x: Tensor, block: _Block) -> Tensor:
@@ -196,27 +211,35 @@ def _some(x: Tensor, block: _Block) -> Tensor:
     return x[:, :, block.first : block.end].flatten(1, 2)
 
 
+def _put(x: Tensor, block: _Block, left: Tensor, right: Tensor) -> None:
+    """Writes ``left @ right [m, J * Q, hd]`` to the block's queries of ``x [m, J, S, hd]``."""
+    if block.end - block.first == x.shape[2]:
+        torch.bmm(left, right, out=x.flatten(1, 2))
+    else:
+        part = x[:, :, block.first : block.end]
+        part.copy_(torch.bmm(left, right).view(part.shape))
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
-    batch, length, groups, queries, head_dim = q.shape
+    """Mixed values ``[B * G, J, S, hd]`` and the log-sum-exp ``[B, H, S]`` of gathered queries, keys, values."""
+    queries, length, head_dim = q.shape[1:]
+    batch = len(rows.keys)
+    groups = q.shape[0] // max(batch, 1)
     heads, scale = groups * queries, head_dim**-0.5
-    out = q.new_empty(q.shape)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = torch.empty(batch, heads, length, dtype=wide, device=q.device)
+    mixed, lse = torch.empty_like(q), torch.empty(batch, heads, length, dtype=wide, device=q.device)
     buffer = q.new_empty(_largest(rows, heads))
     for blocks in rows.blocks(heads):
         samples = blocks[0].samples
-        count = samples.stop - samples.start
-        query, key, value = _gather(q[samples]), _gather(k[samples, :, :, None]), _gather(v[samples, :, :, None])
-        parts = []
+        part = slice(samples.start * groups, samples.stop * groups)
         for block in blocks:
-            size = block.end - block.first
-            scores = buffer[: count * heads * size * block.seen].view(-1, queries * size, block.seen)
-            torch.bmm(_some(query, block), key[:, 0, : block.seen].transpose(1, 2), out=scores)
-            flat = scores.view(count, heads, size, block.seen)
-            rows.forward(flat, lse[samples, :, block.first : block.end], block, scale)
-            parts.append(torch.bmm(scores, value[:, 0, : block.seen]).unflatten(1, (queries, size)))
-        _scatter(out[samples], _join(parts))
-    return out, lse
+            size, seen = block.end - block.first, block.seen
+            flat = (samples.stop - samples.start, heads, size, seen)
+            scores = buffer[: prod(flat)].view(-1, queries * size, seen)
+            torch.bmm(_some(q[part], block), k[part, 0, :seen].transpose(1, 2), out=scores)
+            rows.forward(scores.view(flat), lse[samples, :, block.first : block.end], block, scale)
+            _put(mixed[part], block, scores, v[part, 0, :seen])
+    return mixed, lse
 
 
 def _backward(
@@ -228,53 +251,50 @@ def _backward(
     out: tuple[Tensor, Tensor, Tensor],
     rows: _Rows,
 ) -> None:
-    _, _, groups, queries, head_dim = q.shape
-    heads, scale = groups * queries, head_dim**-0.5
+    """Writes the gradients of gathered queries, keys and values to ``out``, which is laid out as they are."""
+    queries, _, head_dim = q.shape[1:]
+    heads, scale = lse.shape[1], head_dim**-0.5
+    groups = heads // queries
     buffers = q.new_empty(2, _largest(rows, heads))
     for blocks in rows.blocks(heads):
         samples = blocks[0].samples
-        count = samples.stop - samples.start
-        query, d_mixed = _gather(q[samples]), _gather(grad[samples])
-        key, value = _gather(k[samples, :, :, None]), _gather(v[samples, :, :, None])
-        d_query: list[Tensor] = []
-        d_key, d_value = _Sum(key, blocks), _Sum(value, blocks)
+        part = slice(samples.start * groups, samples.stop * groups)
+        d_key, d_value = (_Sum(x[part, 0], blocks) for x in out[1:])
         for block in blocks:
             size, seen = block.end - block.first, block.seen
-            shape = (-1, queries * size, seen)
-            scores, grads = (x[: count * heads * size * seen].view(shape) for x in buffers)
-            some, d_some = _some(query, block), _some(d_mixed, block)
-            torch.bmm(some, key[:, 0, :seen].transpose(1, 2), out=scores)
-            torch.bmm(d_some, value[:, 0, :seen].transpose(1, 2), out=grads)
-            flat = (count, heads, size, seen)
-            part = lse[samples, :, block.first : block.end]
-            rows.backward(scores.view(flat), grads.view(flat), part, block, scale)
-            d_query.append(torch.bmm(grads, key[:, 0, :seen]).unflatten(1, (queries, size)))
-            d_key.add(torch.bmm(grads.transpose(1, 2), some))
-            d_value.add(torch.bmm(scores.transpose(1, 2), d_some))
-        _scatter(out[0][samples], _join(d_query))
-        for target, total in zip(out[1:], (d_key, d_value), strict=True):
-            _scatter(target[samples, :, :, None], total.value[:, None])
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    """The blocks of queries ``[m, J, Q, hd]`` one after the other."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+            flat = (samples.stop - samples.start, heads, size, seen)
+            scores, grads = (x[: prod(flat)].view(-1, queries * size, seen) for x in buffers)
+            some, d_some = _some(q[part], block), _some(grad[part], block)
+            torch.bmm(some, k[part, 0, :seen].transpose(1, 2), out=scores)
+            torch.bmm(d_some, v[part, 0, :seen].transpose(1, 2), out=grads)
+            statistics = lse[samples, :, block.first : block.end]
+            rows.backward(scores.view(flat), grads.view(flat), statistics, block, scale)
+            _put(out[0][part], block, grads, k[part, 0, :seen])
+            d_key.add(grads.transpose(1, 2), some)
+            d_value.add(scores.transpose(1, 2), d_some)
+        d_key.finish()
+        d_value.finish()
 
 
 class _Sum:
-    """The gradient of a group's keys or values, ``value [m, S, hd]``; several blocks add up in fp32."""
+    """A sum of products over blocks, into ``out [m, S, hd]``; several are added up in fp32."""
 
-    def __init__(self, like: Tensor, blocks: list[_Block]) -> None:
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.single = len(blocks) == 1
-        self.value = like[:, 0] if self.single else torch.zeros_like(like[:, 0], dtype=wide)
+    def __init__(self, out: Tensor, blocks: list[_Block]) -> None:
+        self.out = out
+        wide = torch.float64 if out.dtype == torch.float64 else torch.float32
+        self.total = None if len(blocks) == 1 else torch.zeros_like(out, dtype=wide)
 
-    def add(self, part: Tensor) -> None:
-        """Adds the part of a block, ``[m, seen, hd]``."""
-        if self.single:
-            self.value = part
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Adds ``left @ right [m, seen, hd]``."""
+        if self.total is None:
+            torch.bmm(left, right, out=self.out)
         else:
-            self.value[:, : part.shape[1]] += part
+            self.total[:, : left.shape[1]] += torch.bmm(left, right)
+
+    def finish(self) -> None:
+        """Writes what was added up."""
+        if self.total is not None:
+            self.out.copy_(self.total)
 
 
 def _largest(rows: _Rows, heads: int) -> int:
