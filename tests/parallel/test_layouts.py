@@ -111,8 +111,9 @@ def test_every_gradient_is_that_of_one_process(family: str, dropout: float, layo
         assert got["norm"] == pytest.approx(wanted["norm"], rel=1e-9)
     got = ranks[0]
     assert len(got["gradients"]) == 2 * STEPS
-    for ours, theirs in zip(got["gradients"], wanted["gradients"], strict=True):
+    for norm, ours, theirs in zip(got["norm"], got["gradients"], wanted["gradients"], strict=True):
         assert ours.keys() == theirs.keys()
+        assert norm == pytest.approx(float(sum(g.square().sum() for g in ours.values())) ** 0.5, rel=1e-12)
         for name, gradient in theirs.items():
             # A tensor whose gradient cancels to almost nothing is held to the scale of the others.
             largest = max(float(gradient.abs().max()), 1e-3 * max(float(g.abs().max()) for g in theirs.values()))
