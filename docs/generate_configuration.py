@@ -33,7 +33,7 @@ A configuration is a YAML file. What it leaves out has the default below; an unk
 line `key=value` overrides replace the file's values. Dots go into sections, numbers into lists:
 
 ```sh
-elle-mp pretrain configs/quickstart.yaml run.dir=runs/mine optim.lr=1e-3 stream.1.grow.heads=6 stream.2.steps=200
+elle-mp pretrain configs/quickstart.yaml run.dir=runs/mine optim.lr=1e-3 stream.1.grow.layers=6 stream.2.steps=200
 ```
 
 A value is YAML: `growth.noise_db=null`, `optim.betas=[0.9,0.95]`. The resolved configuration is saved in the run
