@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -102,9 +103,9 @@ def main() -> None:
     print(text)
     if options.out:
         command = f"python benchmarks/five_domains.py DATA --arms {' '.join(options.arms)}"
-        machine = f"{date.today()}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, CPU only"
+        machine = f"{date.today()}, {platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
         head = f"# Five domains at equal training FLOPs\n\n`{command}` ({machine}, torch {torch.__version__})\n\n"
-        notes = "\n".join(line for line in (__doc__ or "").splitlines() if line.startswith(("* ", "  ")))
+        notes = "\n".join(line for line in (__doc__ or "").splitlines() if re.match(r"\* |  \S", line))
         options.out.write_text(f"{head}Final perplexity on each domain's valid text.\n\n{text}\n\n{notes}\n")
 
 
