@@ -103,7 +103,8 @@ def main() -> None:
     print(text)
     if options.out:
         command = f"python benchmarks/five_domains.py DATA --arms {' '.join(options.arms)}"
-        machine = f"{date.today()}, {platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+        processor = f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+        machine = f"{date.today()}, {processor}, {os.cpu_count()} cores"
         head = f"# Five domains at equal training FLOPs\n\n`{command}` ({machine}, torch {torch.__version__})\n\n"
         notes = "\n".join(line for line in (__doc__ or "").splitlines() if re.match(r"\* |  \S", line))
         options.out.write_text(f"{head}Final perplexity on each domain's valid text.\n\n{text}\n\n{notes}\n")
