@@ -1,0 +1,215 @@
+"""Growth of one matrix in one pass: rows and columns repeated, scaled, and set apart by zero-sum noise.
+
+    out[i, j] = v + v * n[i, j],    v = source[rows[i], cols[j]] * (row_scale[i] * col_scale[j])
+
+The noise comes from Philox4x32-10 (Salmon et al., SC'11): the word of entry (row, column) is number ``column % 4``
+of the counter ``(column // 4, row mod 2^32, row // 2^32, 0)``, so it depends on nothing but the key and the entry's
+place in the whole tensor. The sum ``S`` of the word's four bytes is nearly normal (Irwin-Hall), and an integer: over
+the ``c`` copies of a unit, ``c S - sum S`` is centred exactly.
+
+Every step rounds to the type of the tensor in a fixed order, so that the compiled kernel (csrc/helpers/expand.cpp) and
+the PyTorch path give the same bits, and a block the bits it has in the whole:
+
+    scale = round(row_scale * col_scale in fp64);  v = source * scale
+    n = round(c S - sum S) * round(strength / (c * BYTES_STD) in fp64);  out = v + (v * n)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from elle_mp.ops.native import as_array, helpers
+
+BYTES_STD = ((256**2 - 1) / 3) ** 0.5
+"""Standard deviation of the sum of four uniform bytes."""
+
+MAX_COPIES = 1 << 20
+"""Most copies of one unit: the centred integers stay below 2^31."""
+
+_TILE = 1 << 18
+_NATIVE = (torch.float32, torch.float64)
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise that sums to zero over the copies of a unit.
+
+    Attributes:
+        key: 64-bit key of :func:`noise_key`.
+        strength: standard deviation of the noise relative to each value, before centring: ``10 ** (-dB / 20)``.
+        first_row, first_col: place of ``out[0, 0]`` in the whole tensor.
+        groups: int64 ``[C']`` on the CPU; columns with the same number are the copies of one unit, and all of them are
+            in this block. A column alone in its group gets no noise.
+    """
+
+    key: int
+    strength: float
+    first_row: int
+    first_col: int
+    groups: Tensor
+
+
+def noise_key(seed: int, name: str) -> int:
+    """The key of the stream ``(seed, name)``: the blake2b digest of ``seed/name``, 64 bits."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
+
+
+def expand(
+    source: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    out: Tensor,
+    noise: Noise | None = None,
+) -> None:
+    """Writes ``out[i, j] = source[rows[i], cols[j]] * row_scale[i] * col_scale[j]``, plus noise relative to each value.
+
+    Args:
+        source: ``[R, C]`` fp32 or fp64, columns contiguous, rows at any distance; shares no memory with ``out``.
+        rows, cols: int64 ``[R']`` and ``[C']``, indices into ``source``.
+        row_scale, col_scale: fp64 ``[R']`` and ``[C']``, or ``None`` for ones. A scale of one changes no bit.
+        out: ``[R', C']`` of the type and device of ``source``, columns contiguous, rows at any distance.
+        noise: set on one tensor of a growth: the weights, not their moments.
+
+    Raises:
+        ValueError: shapes, types, strides or indices that do not fit.
+    """
+    _check(source, rows, cols, row_scale, col_scale, out, noise)
+    native = helpers("expand")
+    if native is None or out.device.type != "cpu":
+        _expand_torch(source, rows, cols, row_scale, col_scale, out, noise)
+        return
+    native.expand(
+        as_array(source),
+        as_array(rows),
+        as_array(cols),
+        None if row_scale is None else as_array(row_scale),
+        None if col_scale is None else as_array(col_scale),
+        as_array(out),
+        None if noise is None else as_array(noise.groups),
+        *((0, 0.0, 0, 0) if noise is None else (noise.key, noise.strength, noise.first_row, noise.first_col)),
+        torch.get_num_threads(),
+    )
+
+
+def noise_values(noise: Noise, shape: tuple[int, int], dtype: torch.dtype = torch.float64) -> Tensor:
+    """What each entry of a block is multiplied by and added: ``n`` of the module's description.
+
+    Args:
+        shape: ``(R', C')`` of the block.
+        dtype: fp32 or fp64, the type of the tensor that the noise is for.
+
+    Returns:
+        ``[R', C']`` on the CPU.
+    """
+    height, width = shape
+    if noise.groups.shape != (width,):
+        raise ValueError(f"expand wants a group for each of {width} columns, got {tuple(noise.groups.shape)}")
+    if width == 0:
+        return torch.empty(shape, dtype=dtype)
+    _, group, count = np.unique(as_array(noise.groups), return_inverse=True, return_counts=True)
+    if count.max() > MAX_COPIES:
+        raise ValueError(f"expand makes noise for at most {MAX_COPIES} copies of a unit, got {count.max()}")
+    order = np.argsort(group, kind="stable")
+    begin = np.cumsum(count) - count
+    sums = byte_sums(noise.key, noise.first_row, noise.first_col, height, width)
+    centred = sums * count[group] - np.add.reduceat(sums[:, order], begin, axis=1)[:, group]
+    factor = torch.from_numpy(noise.strength / (count[group] * BYTES_STD)).to(dtype)
+    return torch.from_numpy(centred).to(dtype) * factor
+
+
+def byte_sums(key: int, first_row: int, first_col: int, height: int, width: int) -> npt.NDArray[np.int64]:
+    """``[height, width]``: the sum of the four bytes of each entry's Philox word, 0 to 1020."""
+    column = np.arange(first_col, first_col + width, dtype=np.uint64)
+    first = np.uint64(first_col // 4)
+    block = np.arange(first, (first_col + width + 3) // 4, dtype=np.uint64)[None, :]
+    row = np.arange(first_row, first_row + height, dtype=np.uint64)[:, None]
+    zero = np.zeros((height, block.shape[1]), dtype=np.uint64)
+    words = np.stack(philox((block + zero, (row & _LOW) + zero, (row >> _HALF) + zero, zero), key), axis=-1)
+    bytes_ = words.astype("<u4").view(np.uint8).reshape(height, -1, 4)
+    start = int(column[0] - first * np.uint64(4)) if width else 0
+    sums: npt.NDArray[np.int64] = bytes_[:, start : start + width].sum(-1, dtype=np.int64)
+    return sums
+
+
+Words = npt.NDArray[np.uint64]
+
+
+def philox(counter: tuple[Words, Words, Words, Words], key: int) -> tuple[Words, Words, Words, Words]:
+    """Philox4x32-10: four 32-bit words, held in uint64, for each 128-bit counter (lowest word first)."""
+    x0, x1, x2, x3 = counter
+    for step in range(10):
+        key0 = np.uint64((key + step * 0x9E3779B9) & 0xFFFFFFFF)
+        key1 = np.uint64(((key >> 32) + step * 0xBB67AE85) & 0xFFFFFFFF)
+        product0, product1 = x0 * np.uint64(0xD2511F53), x2 * np.uint64(0xCD9E8D57)
+        x0, x1 = (product1 >> _HALF) ^ x1 ^ key0, product1 & _LOW
+        x2, x3 = (product0 >> _HALF) ^ x3 ^ key1, product0 & _LOW
+    return x0, x1, x2, x3
+
+
+def _expand_torch(
+    source: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    out: Tensor,
+    noise: Noise | None,
+) -> None:
+    """The same by PyTorch operations, a tile of rows at a time; equal bit for bit on the CPU."""
+    height, width = out.shape
+    for indices, size in ((rows, source.shape[0]), (cols, source.shape[1])):
+        if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= size):
+            raise ValueError(f"expand wants indices from 0 to {size - 1}")
+    column_index = cols.to(out.device)
+    step = max(1, _TILE // max(width, 1))
+    for begin in range(0, height, step):
+        tile = slice(begin, min(begin + step, height))
+        value = source.index_select(0, rows[tile].to(out.device)).index_select(1, column_index)
+        if row_scale is not None or col_scale is not None:
+            # Rounded on the CPU: not every device has fp64.
+            scale = torch.ones((), dtype=torch.float64) if row_scale is None else row_scale[tile, None]
+            scale = scale if col_scale is None else scale * col_scale
+            value = value * scale.to(out.dtype).to(out.device)
+        if noise is not None:
+            shifted = replace(noise, first_row=noise.first_row + begin)
+            value = value + value * noise_values(shifted, (value.shape[0], width), out.dtype).to(out.device)
+        out[tile] = value
+
+
+def _check(
+    source: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    out: Tensor,
+    noise: Noise | None,
+) -> None:
+    if source.dtype not in _NATIVE or source.dtype != out.dtype:
+        raise ValueError(f"expand wants source and out both fp32 or both fp64, got {source.dtype}, {out.dtype}")
+    if source.dim() != 2 or out.dim() != 2 or out.shape != (rows.numel(), cols.numel()):
+        raise ValueError(
+            f"expand wants source [R, C] and out [{rows.numel()}, {cols.numel()}], "
+            f"got {tuple(source.shape)}, {tuple(out.shape)}"
+        )
+    for name, x in (("source", source), ("out", out)):
+        if x.shape[1] > 1 and x.stride(1) != 1:
+            raise ValueError(f"expand wants contiguous columns, got strides {x.stride()} of {name}")
+    sizes = (rows.numel(), cols.numel())
+    for name, scale, size in (("row_scale", row_scale, sizes[0]), ("col_scale", col_scale, sizes[1])):
+        if scale is not None and (scale.dtype != torch.float64 or scale.shape != (size,)):
+            raise ValueError(f"expand wants {name} fp64 [{size}], got {scale.dtype} {tuple(scale.shape)}")
+    if rows.dtype != torch.int64 or cols.dtype != torch.int64 or rows.dim() != 1 or cols.dim() != 1:
+        raise ValueError("expand wants rows and cols int64 [R'] and [C']")
+    if noise is not None and (noise.groups.dtype != torch.int64 or noise.groups.shape != (sizes[1],)):
+        raise ValueError(f"expand wants noise.groups int64 [{sizes[1]}], got {tuple(noise.groups.shape)}")
