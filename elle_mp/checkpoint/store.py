@@ -8,42 +8,34 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from elle_mp.checkpoint.agreement import on_first_rank, rank, together, world_size
+from elle_mp.checkpoint.manifest import (
+    FORMAT,
+    META,
+    DamagedError,
+    FileEntries,
+    check_hash,
+    check_sizes,
+    read_manifest,
+)
+from elle_mp.checkpoint.stream_writer import write_metadata, write_share
 from elle_mp.checkpoint.tensor_files import check_fit, read_tensors, stored_tensors, write_tensors
-from elle_mp.data.files import file_errors, sha256_file, sync_file, write_whole
+from elle_mp.data.files import sha256_file, sync_file, write_whole
 from elle_mp.errors import UserError
+from elle_mp.ops.random import Bounds
 
-FORMAT = 1
-META = "meta.json"
 LATEST = "latest"
 UNFINISHED = ".tmp-"  # a folder with this in its name is being written or removed
 REPLACED = f"{UNFINISHED}old"  # the complete checkpoint that a new one of the same name is about to replace
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    """What ``meta.json`` holds: the caller's ``meta``, the order of the checkpoints, and the files."""
-
-    meta: dict[str, Any]
-    serial: int
-    permanent: bool
-    files: dict[str, dict[str, Any]]
-
-
-class _DamagedError(UserError):
-    """A file of a checkpoint is missing or is not as it was written."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what}; remove the checkpoint's folder to go on from an older one")
 
 
 class CheckpointStore:
@@ -68,20 +60,47 @@ class CheckpointStore:
         Raises:
             UserError: it cannot be written (full disk, read-only). Nothing of it is left; ``latest`` stands.
         """
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or UNFINISHED in name or name == LATEST:
-            raise ValueError(f"not a name for a checkpoint: {name!r}")
-        doing = f"cannot write checkpoint {self.folder / name}"
-        content = json.dumps(dict(meta))  # before anything is written: it may not be JSON
-        temporary = on_first_rank(lambda: self._start(name), doing)
-        try:
-            together(lambda: write_tensors(temporary, tensors), doing)
-            hashes = together(lambda: self._hash_share(temporary), doing)
-            files = {file: entry for share in hashes for file, entry in sorted(share.items())}
-            on_first_rank(lambda: self._finish(name, temporary, json.loads(content), permanent, files), doing)
-        except UserError:
-            if rank() == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
+
+        def write(folder: Path, doing: str) -> FileEntries:
+            together(lambda: write_tensors(folder, tensors), doing)
+            return {}
+
+        self._save(name, write, meta, permanent)
+
+    def save_streamed(
+        self,
+        name: str,
+        tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        produce: Callable[[str, Bounds], Tensor],
+        meta: Mapping[str, Any],
+        permanent: bool = False,
+        block_bytes: int = 64 << 20,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """:meth:`save` of tensors that are computed block by block: no rank holds more than one block at a time.
+
+        The ranks share the blocks out, in order and balanced by bytes. What is written is an ordinary checkpoint.
+
+        Args:
+            tensors: global shape and dtype by name; equal on all ranks.
+            produce: returns the block of a tensor within half-open global bounds per dimension (``()`` for a
+                scalar), of the declared dtype. Called once per block, on one rank.
+            block_bytes: the largest block; blocks are rows (dim 0), and parts of a row where a row is larger.
+            progress: called on each rank after each of its blocks with the bytes written since the last call.
+
+        Raises:
+            UserError: as for :meth:`save`, and when ``produce`` raises. Nothing of it is left; ``latest`` stands.
+        """
+
+        def write(folder: Path, doing: str) -> FileEntries:
+            shares = together(
+                lambda: write_share(folder, tensors, produce, block_bytes, rank(), world_size(), progress), doing
+            )
+            results = [share.results for share in shares]
+            on_first_rank(lambda: write_metadata(folder, tensors, block_bytes, results), doing)
+            return {file: entry for share in shares for file, entry in share.files.items()}
+
+        self._save(name, write, meta, permanent)
 
     def load(self, name: str, tensors: Mapping[str, Tensor], partial: bool = False) -> None:
         """Fills ``tensors`` in place, under whatever layout they have. The files' hashes are checked first.
@@ -119,7 +138,7 @@ class CheckpointStore:
 
         def remove() -> list[str]:
             latest = self.latest()
-            passing = [name for name in self.names() if not self._manifest(self._folder(name)).permanent]
+            passing = [name for name in self.names() if not read_manifest(self._folder(name)).permanent]
             old = [name for name in passing[: max(0, len(passing) - keep)] if name != latest]
             for name in old:
                 gone = self.folder / f"{name}{UNFINISHED}{uuid.uuid4().hex[:8]}"
@@ -159,8 +178,8 @@ class CheckpointStore:
         serials = {}
         for name, folder in self._folders().items():
             try:
-                serials[name] = self._check_sizes(folder).serial
-            except _DamagedError:
+                serials[name] = check_sizes(folder).serial
+            except DamagedError:
                 continue  # as good as not there
         return sorted(serials, key=lambda name: (serials[name], name))
 
@@ -170,7 +189,7 @@ class CheckpointStore:
         Raises:
             UserError: there is no such checkpoint, or it is damaged.
         """
-        return self._manifest(self._folder(name)).meta
+        return read_manifest(self._folder(name)).meta
 
     def verify(self, name: str) -> None:
         """Reads every file and compares its hash with the one taken when it was written.
@@ -179,6 +198,29 @@ class CheckpointStore:
             UserError: there is no such checkpoint, or a file is missing or damaged; names the file.
         """
         self._check_files(self._folder(name), 0, 1)
+
+    def _save(
+        self, name: str, write: Callable[[Path, str], FileEntries], meta: Mapping[str, Any], permanent: bool
+    ) -> None:
+        """Has ``write`` fill a temporary folder (it is collective) and makes a checkpoint of it.
+
+        Args:
+            write: gets the folder and what an error's message starts with; returns the files it has hashed.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or UNFINISHED in name or name == LATEST:
+            raise ValueError(f"not a name for a checkpoint: {name!r}")
+        doing = f"cannot write checkpoint {self.folder / name}"
+        content = json.dumps(dict(meta))  # before anything is written: it may not be JSON
+        temporary = on_first_rank(lambda: self._start(name), doing)
+        try:
+            hashed = write(temporary, doing)
+            hashes = together(lambda: self._hash_share(temporary, hashed), doing)
+            files = dict(sorted((hashed | {file: share[file] for share in hashes for file in share}).items()))
+            on_first_rank(lambda: self._finish(name, temporary, json.loads(content), permanent, files), doing)
+        except UserError:
+            if rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
     def _start(self, name: str) -> Path:
         """Removes what killed runs left and makes the folder to write into."""
@@ -192,12 +234,13 @@ class CheckpointStore:
         temporary.mkdir()
         return temporary
 
-    def _hash_share(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Size and SHA-256 of this rank's share of the files, relative to ``folder``."""
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+    def _hash_share(self, folder: Path, hashed: FileEntries) -> FileEntries:
+        """Size and SHA-256 of this rank's share of the files that are not in ``hashed``."""
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        left = [file for file in files if file not in hashed]
         return {
-            str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in files[rank() :: world_size()]
+            file: {"size": (folder / file).stat().st_size, "sha256": sha256_file(folder / file)}
+            for file in left[rank() :: world_size()]
         }
 
     def _finish(
@@ -206,9 +249,9 @@ class CheckpointStore:
         temporary: Path,
         meta: dict[str, Any],
         permanent: bool,
-        files: dict[str, dict[str, Any]],
+        files: FileEntries,
     ) -> None:
-        serials = [self._manifest(folder).serial for folder in self._folders().values() if (folder / META).is_file()]
+        serials = [read_manifest(folder).serial for folder in self._folders().values() if (folder / META).is_file()]
         manifest = {
             "format": FORMAT,
             "serial": max(serials, default=0) + 1,
@@ -243,34 +286,8 @@ class CheckpointStore:
             raise UserError(f"no checkpoint {name} in {self.folder} (newest: {have})")
         return folders[name]
 
-    def _manifest(self, folder: Path) -> _Manifest:
-        path = folder / META
-        if not path.is_file():
-            raise _DamagedError(f"{path} is missing")
-        with file_errors("read", path):
-            text = path.read_text(errors="replace")
-        try:
-            content = json.loads(text)
-            version = content["format"]
-            if version != FORMAT:
-                raise UserError(f"{path}: format {version}; this elle_mp reads format {FORMAT}")
-            return _Manifest(content["meta"], content["serial"], content["permanent"], content["files"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise _DamagedError(f"{path} is damaged") from error
-
-    def _check_sizes(self, folder: Path) -> _Manifest:
-        manifest = self._manifest(folder)
-        for file, entry in manifest.files.items():
-            path = folder / file
-            size = path.stat().st_size if path.is_file() else None
-            if size != entry["size"]:
-                found = "is missing" if size is None else f"has {size} bytes, not {entry['size']}"
-                raise _DamagedError(f"{path} {found}")
-        return manifest
-
     def _check_files(self, folder: Path, share: int, shares: int) -> None:
         """Compares sizes of all files and hashes of every ``shares``-th."""
-        manifest = self._check_sizes(folder)
+        manifest = check_sizes(folder)
         for file in sorted(manifest.files)[share::shares]:
-            if sha256_file(folder / file) != manifest.files[file]["sha256"]:
-                raise _DamagedError(f"{folder / file} is damaged (its SHA-256 is not the one written)")
+            check_hash(folder, manifest, file)
