@@ -120,8 +120,8 @@ def text(count: int, seed: int = 0, length: int = TEXT) -> tuple[Tensor, Tensor,
 
 @torch.no_grad()
 def logits(model: Transformer, tokens: Tensor, domain: Tensor) -> Tensor:
-    """``[B, T, VOCAB]``; one rank only."""
-    return model(tokens, domain)[..., : model.spec.vocab_size]
+    """``[B, T, VOCAB]``, the ids that can be predicted; one rank only."""
+    return model(tokens, domain)[..., : model.spec.softmax_vocab]
 
 
 def train(model: Transformer, optimizer: ShardedAdamW, steps: int, seed: int = 0) -> list[float]:
@@ -156,5 +156,5 @@ def apply(
     dtype = next(old.parameters()).dtype
     new = empty_model(plan.new, old.grid, Precision(dtype, dtype))
     optimizer = optimizer_of(new, **optim)
-    received = grow_on_shards(plan, old, new, old_moments, optimizer.moments)
-    return new, optimizer, received
+    traffic = grow_on_shards(plan, old, new, old_moments, optimizer.moments)
+    return new, optimizer, traffic.received

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from elle_mp.axes import Axis
+from elle_mp.growth.blocks import Block, grow_moment, grow_weight
+from elle_mp.growth.layout import Alignment, Layout, OldParameters
 from elle_mp.growth.plan import GrowthPlan
-from elle_mp.growth.tensors import TensorGrowth, grow_block, grow_moment, plan_tensor
+from elle_mp.growth.tensors import TensorGrowth, parameter_growths
 from elle_mp.models.transformer import Transformer
 from elle_mp.ops.random import Bounds
-from elle_mp.parallel.mesh import Grid
-from elle_mp.parallel.sharding import local_tensor, my_bounds, named_specs, shard_bounds
+from elle_mp.parallel.sharding import local_tensor, my_bounds, named_specs
 
 
 @dataclass
@@ -27,6 +28,19 @@ class Moments:
     second: Tensor
 
 
+@dataclass
+class Traffic:
+    """What a growth sent.
+
+    Attributes:
+        received: bytes that this rank received; 0 when every cut is aligned, and then no collective was issued.
+        recut: the new parameters for which an old one was gathered, one tensor at a time.
+    """
+
+    received: int = 0
+    recut: list[str] = field(default_factory=list)
+
+
 @torch.no_grad()
 def grow_on_shards(
     plan: GrowthPlan,
@@ -34,85 +48,75 @@ def grow_on_shards(
     new: Transformer,
     old_moments: Mapping[str, Moments],
     new_moments: Mapping[str, Moments],
-) -> int:
+) -> Traffic:
     """Fills ``new`` and its moments from ``old``, parameter by parameter.
 
-    Every rank maps its own shards. Where a cut does not align with a map, that one parameter is gathered, one
-    tensor at a time.
-
-    Returns:
-        Bytes this rank received: 0 when every cut is aligned, and then no collective was issued.
+    Every rank maps its own shards. Where a cut does not align with a map, the old parameter concerned is gathered,
+    one tensor at a time.
     """
-    grid = old.grid
-    sources = dict(old.named_parameters())
-    old_specs = dict(named_specs(old))
-    received = 0
-    for name, spec in named_specs(new):
-        growth = plan_tensor(plan, name, spec)
-        target = local_tensor(new.get_parameter(name))
+    source = _Shards(old)
+    alignment = Alignment(source.parameters, Layout(old.grid.tp_size, old.grid.size("dp_shard")))
+    traffic = Traffic()
+    for name, growth in parameter_growths(plan, dict(named_specs(new))).items():
+        recut = alignment.recut(growth)
+        if recut:
+            traffic.recut.append(name)
+        bounds = my_bounds(growth.spec, growth.shape, new.grid)
+        blocks = dict(source.blocks(growth, bounds, recut, traffic))
+        grow_weight(growth, blocks, bounds, local_tensor(new.get_parameter(name)))
+        blocks.clear()
         state = new_moments[name]
-        if growth.source is None:
-            target.zero_()
-            _reset(state)
+        if growth.source is None or growth.moments == "reset":
+            for tensor in (state.step, state.first, state.second):
+                tensor.zero_()
             continue
-        shape = old_specs[growth.source].shape(old.sizes)
-        aligned = _aligned(growth, shape, grid)
-        bounds = my_bounds(spec, growth.shape, grid)
-        held = my_bounds(spec, shape, grid) if aligned else tuple((0, size) for size in shape)
-        source = sources[growth.source]
-
-        def whole(local: Tensor, source: Tensor = source, aligned: bool = aligned) -> Tensor:
-            return local if aligned else _gathered(source, local)
-
-        target.copy_(grow_block(growth, plan, whole(local_tensor(source)), held, bounds))
-        received += 0 if aligned else _bytes(source)
         moments = old_moments[growth.source]
-        if growth.fresh:
-            _reset(state)
-            continue
-        state.first.copy_(grow_moment(growth, whole(moments.first), held, bounds, 1))
-        state.second.copy_(grow_moment(growth, whole(moments.second), held, bounds, 2))
+        for degree, values, target in ((1, moments.first, state.first), (2, moments.second, state.second)):
+            block = source.block(growth.source, values, growth.source in recut, traffic)
+            grow_moment(growth, block, bounds, target, degree)
         state.step.copy_(moments.step)
-        received += 0 if aligned else 2 * _bytes(source)
     _grow_norm_stats(plan, old, new)
-    return received
+    return traffic
 
 
-def _reset(state: Moments) -> None:
-    for tensor in (state.step, state.first, state.second):
-        tensor.zero_()
+class _Shards:
+    """The old model's shards, gathered where they must be."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.grid = model.grid
+        self.tensors: dict[str, Tensor] = dict(model.named_parameters())
+        specs = dict(named_specs(model))
+        self.parameters = OldParameters(specs, {name: spec.shape(model.sizes) for name, spec in specs.items()})
+
+    def blocks(
+        self, growth: TensorGrowth, bounds: Bounds, recut: tuple[str, ...], traffic: Traffic
+    ) -> Iterator[tuple[str, Block]]:
+        """The old weights behind a block of the new one, whole shards or whole tensors, cut to what is needed."""
+        needs = growth.needs(bounds)
+        for name in growth.reads:
+            block = self.block(name, local_tensor(self.tensors[name]), name in recut, traffic)
+            yield name, _narrowed(block, needs[name])
+
+    def block(self, name: str, local: Tensor, gather: bool, traffic: Traffic) -> Block:
+        """This rank's shard of a tensor laid out as the parameter ``name``, or all of it."""
+        shape = self.parameters.shapes[name]
+        like = self.tensors[name]
+        if not gather or not isinstance(like, DTensor):
+            return Block(local, my_bounds(self.parameters.specs[name], shape, self.grid))
+        shard = DTensor.from_local(
+            local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+        traffic.received += (like.numel() - local.numel()) * like.element_size()
+        return Block(shard.full_tensor(), tuple((0, size) for size in shape))
 
 
-def _aligned(growth: TensorGrowth, old_shape: tuple[int, ...], grid: Grid) -> bool:
-    """Whether on every rank the new shard is made of the old shard alone (the same answer on all ranks)."""
-    for tp_rank in range(grid.tp_size):
-        for dp_rank in range(grid.size("dp_shard")):
-            place = (tp_rank, grid.tp_size), (dp_rank, grid.size("dp_shard"))
-            held = shard_bounds(growth.spec, old_shape, *place)
-            needed = growth.source_bounds(shard_bounds(growth.spec, growth.shape, *place))
-            if not _inside(needed, held):
-                return False
-    return True
-
-
-def _inside(needed: Bounds, held: Bounds) -> bool:
+def _narrowed(block: Block, needed: Bounds) -> Block:
     if any(start == stop for start, stop in needed):
-        return True
-    return all(a >= c and b <= d for (a, b), (c, d) in zip(needed, held, strict=True))
-
-
-def _gathered(like: Tensor, local: Tensor) -> Tensor:
-    """The whole tensor of which ``local`` is this rank's shard, laid out as ``like``."""
-    if not isinstance(like, DTensor):
-        return local
-    shard = DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
-    return shard.full_tensor()
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+        return block
+    values = block.values
+    for dim, ((low, _), (start, stop)) in enumerate(zip(block.bounds, needed, strict=True)):
+        values = values.narrow(dim, start - low, stop - start)
+    return Block(values, needed)
 
 
 def _grow_norm_stats(plan: GrowthPlan, old: Transformer, new: Transformer) -> None:
@@ -122,6 +126,10 @@ def _grow_norm_stats(plan: GrowthPlan, old: Transformer, new: Transformer) -> No
     weights = old.norm_stats
     if weights is None:
         weights = torch.full((plan.old.embed,), 1.0 / plan.old.embed, dtype=torch.float64)
+    new.norm_stats.copy_(grown_norm_stats(plan, weights.cpu()))
+
+
+def grown_norm_stats(plan: GrowthPlan, weights: Tensor) -> Tensor:
+    """The statistics' weights ``[D']`` after growth, from those before (fp64 ``[D]``)."""
     embed = plan.maps.get(Axis.EMBED)
-    weights = weights.cpu()
-    new.norm_stats.copy_(weights if embed is None else weights[embed.index] / embed.counts)
+    return weights if embed is None else weights[embed.index] / embed.counts

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from elle_mp.axes import Axis
 from elle_mp.config import GrowthConfig, ModelConfig
 from elle_mp.errors import UserError
-from elle_mp.growth.maps import AxisMap, floor_map, random_map, slot_map
+from elle_mp.growth import depth as depths
+from elle_mp.growth import width as widths
+from elle_mp.growth.depth import DepthStrategy, Placement, Treatment
+from elle_mp.growth.maps import AxisMap, Fill, appended_map, head_dim_map
+from elle_mp.growth.registry import strategy
+from elle_mp.growth.width import WidthStrategy
 from elle_mp.models.spec import ModelSpec, sizes_of
 
-PAPER_NOISE_STD = 0.01
-"""Standard deviation of the noise on copies in the paper's code (elle.md, 1.6)."""
+SIZES = ("layers", "embed", "kv_groups", "queries", "head_dim", "mlp", "positions", "vocab_size")
+"""What growth changes, as fields of :class:`ModelSpec`."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,13 @@ class GrowthPlan:
     Attributes:
         old, new: the models.
         width, depth: the strategies chosen (``auto`` resolved).
-        layer_source: for each new layer, the old layer it copies.
-        inserted: for each new layer, whether it is an added copy (the identity at first, unless duplicated).
+        placement: where the new layers come from.
         maps: index maps of the axes that grow, the same in all layers.
         layer_maps: per new layer, maps of its own (the paper draws fresh ones); they override ``maps``.
-        moments: ``scaled`` or ``reset``.
+        moments: ``scaled``, ``asym_reset`` or ``reset``.
+        rate: ``keep``, ``mup``, ``rewarm`` or ``asym_rewarm``.
         noise_db: signal-to-noise ratio of the zero-sum noise, or ``None``.
-        seed: of the noise.
+        seed: of noise and random values.
         exact: whether the function is preserved to rounding; ``reason`` says why not.
     """
 
@@ -40,40 +42,95 @@ class GrowthPlan:
     new: ModelSpec
     width: str
     depth: str
-    layer_source: tuple[int, ...]
-    inserted: tuple[bool, ...]
+    placement: Placement
     maps: Mapping[Axis, AxisMap]
     layer_maps: tuple[Mapping[Axis, AxisMap], ...]
     moments: str
+    rate: str
     noise_db: float | None
     seed: int
-    exact: bool
-    reason: str | None = field(default=None)
+    reason: str | None = None
 
     @property
-    def duplicates_layers(self) -> bool:
-        """Whether added layers keep computing what their source computes (never exact)."""
-        return self.depth == "elle"
+    def exact(self) -> bool:
+        """Whether no logit changes beyond rounding."""
+        return self.reason is None
 
-    def source(self, name: str) -> tuple[str, int | None]:
-        """The old parameter behind a new one, and the new layer it lies in."""
-        parts = name.split(".")
-        if parts[0] != "layers":
-            return name, None
-        layer = int(parts[1])
-        return ".".join(["layers", str(self.layer_source[layer]), *parts[2:]]), layer
+    @property
+    def unchanged(self) -> bool:
+        """Whether the larger model is the old one."""
+        return not self.maps and not any(self.layer_maps) and self.old.layers == self.new.layers
+
+    @property
+    def layer_source(self) -> tuple[int, ...]:
+        """For each new layer, the old layer it copies."""
+        return self.placement.source
+
+    @property
+    def inserted(self) -> tuple[bool, ...]:
+        """For each new layer, whether it is an added copy."""
+        return self.placement.inserted
+
+    @property
+    def width_strategy(self) -> WidthStrategy:
+        return strategy(WidthStrategy, self.width, "growth.width")
+
+    @property
+    def depth_strategy(self) -> DepthStrategy:
+        return strategy(DepthStrategy, self.depth, "growth.depth")
+
+    def locate(self, name: str) -> tuple[int | None, str]:
+        """The new layer that a parameter lies in, and its name there; ``None`` and the whole name outside."""
+        if not name.startswith("layers."):
+            return None, name
+        _, layer, suffix = name.split(".", 2)
+        return int(layer), suffix
+
+    def treatment(self, layer: int | None, suffix: str) -> Treatment:
+        """What the depth strategy does to a parameter."""
+        return Treatment() if layer is None else self.depth_strategy.treat(self.placement, layer, suffix)
 
     def maps_of(self, layer: int | None) -> Mapping[Axis, AxisMap]:
         """The index maps that hold in a layer, or outside all of them (``None``)."""
         return self.maps if layer is None else {**self.maps, **self.layer_maps[layer]}
 
-    def to_json(self) -> dict[str, Any]:
-        """What a growth record and a checkpoint keep of the plan."""
-        keys = ("layers", "heads", "kv_groups", "embed", "mlp")
+    def then(self, later: GrowthPlan) -> GrowthPlan:
+        """One plan that does what this one followed by ``later`` does.
+
+        Raises:
+            ValueError: the second does not start where the first ends, or one draws noise or random values.
+        """
+        if later.old != self.new:
+            raise ValueError("the second growth starts from another model")
+        if self.noise_db is not None or later.noise_db is not None:
+            raise ValueError("noise is drawn at each growth: growths with noise do not compose")
+        if (self.depth, self.moments, self.rate) != (later.depth, later.moments, later.rate):
+            raise ValueError("growths of different depth, moments or rate strategies do not compose")
+        source = tuple(self.layer_source[layer] for layer in later.layer_source)
+        inserted = tuple(
+            added or self.inserted[layer] for added, layer in zip(later.inserted, later.layer_source, strict=True)
+        )
+        return replace(
+            later,
+            old=self.old,
+            width=self.width if self.width == later.width else f"{self.width}+{later.width}",
+            placement=replace(later.placement, source=source, inserted=inserted),
+            maps=_composed(self.maps, later.maps),
+            layer_maps=tuple(
+                _composed(self.layer_maps[layer], own)
+                for own, layer in zip(later.layer_maps, later.layer_source, strict=True)
+            ),
+            reason="; ".join(reason for reason in (self.reason, later.reason) if reason) or None,
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What a growth record says of the plan: sizes, strategies, verdict."""
+        keys = ("layers", "heads", "kv_groups", "head_dim", "embed", "mlp", "positions", "vocab_size")
         return {
             "width": self.width,
             "depth": self.depth,
             "moments": self.moments,
+            "rate": self.rate,
             "noise_db": self.noise_db,
             "seed": self.seed,
             "exact": self.exact,
@@ -84,134 +141,151 @@ class GrowthPlan:
             "inserted": [index for index, added in enumerate(self.inserted) if added],
         }
 
+    def to_json(self) -> dict[str, Any]:
+        """The whole plan in plain values, for the lineage in a checkpoint; :meth:`from_json` is its inverse."""
+        return {
+            **{key: getattr(self, key) for key in ("width", "depth", "moments", "rate", "noise_db", "seed", "reason")},
+            "old": self.old.to_json(),
+            "new": self.new.to_json(),
+            "placement": {key: list(value) for key, value in vars(self.placement).items()},
+            "maps": _maps_to_json(self.maps),
+            "layer_maps": [_maps_to_json(maps) for maps in self.layer_maps] if any(self.layer_maps) else [],
+        }
 
-def make_plan(old: ModelSpec, sizes: ModelConfig, growth: GrowthConfig, seed: int, where: str = "growth") -> GrowthPlan:
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> GrowthPlan:
+        """The plan that :meth:`to_json` was made of."""
+        new = ModelSpec.from_json(fields["new"])
+        layer_maps: Sequence[Mapping[str, Any]] = fields["layer_maps"] or [{}] * new.layers
+        plain = {key: fields[key] for key in ("width", "depth", "moments", "rate", "noise_db", "seed", "reason")}
+        return cls(
+            old=ModelSpec.from_json(fields["old"]),
+            new=new,
+            placement=Placement(**{key: tuple(value) for key, value in fields["placement"].items()}),
+            maps=_maps_from_json(fields["maps"]),
+            layer_maps=tuple(_maps_from_json(maps) for maps in layer_maps),
+            **plain,
+        )
+
+
+def make_plan(old: ModelSpec, sizes: ModelConfig, growth: GrowthConfig, seed: int) -> GrowthPlan:
     """Plans the growth of ``old`` to the sizes of the next stage.
 
     Raises:
-        UserError: a strategy that the configuration names cannot grow this family by these sizes.
+        UserError: a size shrinks, or a strategy that the configuration names cannot grow this family so.
     """
     target = replace(old, **sizes_of(sizes))
-    width, width_reason = _choose_width(old, target, growth.width, where)
-    depth, depth_reason = _choose_depth(old, target, growth.depth, where)
-    maps, layer_maps, numbers = _maps(old, target, width, seed)
-    layer_source, inserted, target = _place_layers(old, target, depth, numbers)
-    embed = maps.get(Axis.EMBED)
-    weighted = old.weighted_norms or (width == "weighted" and embed is not None and not embed.uniform)
-    eps = old.norm_eps * (embed.eta**2 if embed is not None else 1.0)
-    inexact = [reason for reason in (width_reason, depth_reason) if reason]
-    moments = growth.moments
-    if moments == "auto":
-        moments = "reset" if "elle" in (width, depth) else "scaled"
-    if sizes_of(sizes) == {key: getattr(old, key) for key in sizes_of(sizes)}:
-        moments = "scaled"  # A stage without growth goes on with its optimizer, whatever growth would have done.
+    check_larger(old, target)
+    width_name = widths.automatic(old, target) if growth.width == "auto" else growth.width
+    depth_name = depths.automatic(old) if growth.depth == "auto" else growth.depth
+    width = strategy(WidthStrategy, width_name, "growth.width")
+    depth = strategy(DepthStrategy, depth_name, "growth.depth")
+    reasons = [reason for reason in (width.reason(old, target), depth.reason(old, target)) if reason]
+    drawn = width.maps(old, target, seed)
+    maps = _moving(drawn.shared | _other_maps(old, target))
+    layer_maps = tuple(_moving(item) for item in drawn.layers)
+    placement = depth.place(old, target, seed)
+    same = not maps and not any(layer_maps) and old.layers == target.layers
     return GrowthPlan(
         old=old,
-        new=replace(target, weighted_norms=weighted, norm_eps=eps),
-        width=width,
-        depth=depth,
-        layer_source=layer_source,
-        inserted=inserted,
+        new=_grown_spec(old, target, width, depth, placement, maps.get(Axis.EMBED)),
+        width=width_name,
+        depth=depth_name,
+        placement=placement,
         maps=maps,
         layer_maps=layer_maps,
-        moments=moments,
+        moments=_moments(old, target, width, depth, growth, same),
+        rate=width.rate if growth.rate == "auto" else growth.rate,
         noise_db=growth.noise_db,
         seed=seed,
-        exact=not inexact,
-        reason="; ".join(inexact) or None,
+        reason="; ".join(reasons) or None,
     )
 
 
-def _choose_width(old: ModelSpec, new: ModelSpec, wanted: str, where: str) -> tuple[str, str | None]:
-    """The strategy of the residual axis, and why it is not exact."""
-    same = all(getattr(old, key) == getattr(new, key) for key in ("kv_groups", "queries", "embed", "mlp"))
-    divides = new.embed % old.embed == 0
-    if wanted == "elle":
-        return (
-            "elle",
-            None if same else "growth.width elle: random maps under plain norm statistics, and copy noise",
-        )
-    if wanted == "auto":
-        wanted = "replicate" if divides else "iso" if old.rms_norm else "weighted"
-    sizes = f"width {old.embed} -> {new.embed}"
-    if wanted == "replicate" and not divides:
-        other = "iso" if old.rms_norm else "weighted"
-        raise UserError(f"{where}.width=replicate: {sizes} is no whole multiple; {other} is exact there")
-    if wanted == "iso" and not old.rms_norm:
-        raise UserError(
-            f"{where}.width=iso is exact for RMSNorm only, and {old.family} has LayerNorm; weighted would do"
-        )
-    if wanted == "weighted" and old.rms_norm:
-        raise UserError(f"{where}.width=weighted is for LayerNorm, and {old.family} has RMSNorm; iso would do")
-    return wanted, None
+def check_larger(old: ModelSpec, new: ModelSpec) -> None:
+    """Refuses a model that is smaller anywhere.
+
+    Raises:
+        UserError: names the size.
+    """
+    for key in SIZES:
+        before, after = getattr(old, key), getattr(new, key)
+        if after < before:
+            raise UserError(f"growth: {key} {before} -> {after} would shrink; a model only grows, so at least {before}")
 
 
-def _choose_depth(old: ModelSpec, new: ModelSpec, wanted: str, where: str) -> tuple[str, str | None]:
-    """The strategy of inserted layers, and why it is not exact."""
-    fitting = "zero_out" if old.pre_norm else "gate"
-    if wanted == "elle":
-        added = new.layers - old.layers
-        if added > old.layers - len(old.duplicated) and added:
-            raise UserError(
-                f"{where}.depth=elle duplicates each layer once per doubling: "
-                f"{old.layers - len(old.duplicated)} are left, not {added}; "
-                f"at most {2 * old.layers - len(old.duplicated)} layers would do"
-            )
-        return "elle", "growth.depth elle: duplicated layers are not the identity" if added else None
-    if wanted not in ("auto", fitting):
-        kind = "pre-norm" if old.pre_norm else "post-LN"
-        raise UserError(f"{where}.depth={wanted} is not exact for {old.family} ({kind}); {fitting} is")
-    return fitting, None
+def _other_maps(old: ModelSpec, new: ModelSpec) -> dict[Axis, AxisMap]:
+    """Axes that no width strategy maps: longer heads, more positions, more rows of the table."""
+    maps = {}
+    if new.head_dim != old.head_dim:
+        maps[Axis.HEAD_DIM] = head_dim_map(old.head_dim, new.head_dim, old.rotary)
+    if new.positions != old.positions:
+        maps[Axis.POSITIONS] = appended_map(old.positions, new.positions, Fill.TILE)
+    if new.padded_vocab != old.padded_vocab:
+        maps[Axis.VOCAB] = appended_map(old.padded_vocab, new.padded_vocab, Fill.RANDOM)
+    return maps
 
 
-def _maps(
-    old: ModelSpec, new: ModelSpec, width: str, seed: int
-) -> tuple[dict[Axis, AxisMap], tuple[dict[Axis, AxisMap], ...], random.Random]:
-    """Maps shared by all layers, maps of each layer's own, and the generator that chooses layers after them."""
-    chooser = random.Random(seed)
-    if width != "elle":
-        maps = {
-            Axis.EMBED: floor_map(old.embed, new.embed, isometric=width == "iso"),
-            Axis.KV_GROUPS: floor_map(old.kv_groups, new.kv_groups),
-            Axis.MLP: floor_map(old.mlp, new.mlp),
-            Axis.QUERIES: (queries := floor_map(old.queries, new.queries)),
-            Axis.SLOT: slot_map(queries),
-        }
-        return _moving(maps), ({},) * new.layers, chooser
-    drawn = np.random.RandomState(seed)
-    shared = {
-        Axis.EMBED: random_map(old.embed, new.embed, drawn),
-        Axis.QUERIES: (queries := floor_map(old.queries, new.queries)),
-        Axis.SLOT: slot_map(queries),
+def _grown_spec(
+    old: ModelSpec,
+    target: ModelSpec,
+    width: WidthStrategy,
+    depth: DepthStrategy,
+    placement: Placement,
+    embed: AxisMap | None,
+) -> ModelSpec:
+    """The larger model, with all that growth leaves in it."""
+    gated = tuple(
+        layer
+        for layer, (source, added) in enumerate(zip(placement.source, placement.inserted, strict=True))
+        if source in old.gated or (added and depth.gated)
+    )
+    exponents = old.rope_exponents
+    if old.rotary and target.head_dim != old.head_dim:
+        kept = exponents or tuple(pair / old.head_dim for pair in range(0, old.head_dim, 2))
+        added_pairs = (target.head_dim - old.head_dim) // 2
+        exponents = (*kept, *((pair + 0.5) / added_pairs for pair in range(added_pairs)))
+    return replace(
+        target,
+        weighted_norms=width.weighted(old, target),
+        norm_eps=old.norm_eps * (embed.eta**2 if embed is not None else 1.0),
+        gated=gated,
+        lineage=placement.lineage,
+        duplicated=placement.duplicated,
+        rope_exponents=exponents,
+        live_vocab=old.softmax_vocab if target.vocab_size != old.vocab_size else old.live_vocab,
+    )
+
+
+def _moments(
+    old: ModelSpec, new: ModelSpec, width: WidthStrategy, depth: DepthStrategy, growth: GrowthConfig, same: bool
+) -> str:
+    """What ``auto`` is with these strategies; a stage without growth always goes on with its optimizer."""
+    if same:
+        return "scaled"
+    if growth.moments != "auto":
+        return growth.moments
+    wanted = {
+        width.moments if widths.grows(old, new) else "scaled",
+        depth.moments if old.layers != new.layers else "scaled",
     }
-    layers = []
-    for _ in range(new.layers):
-        heads = random_map(old.kv_groups, new.kv_groups, drawn)
-        layers.append(_moving({Axis.KV_GROUPS: heads, Axis.MLP: random_map(old.mlp, new.mlp, drawn)}))
-    return _moving(shared), tuple(layers), chooser
+    return next(name for name in ("reset", "asym_reset", "scaled") if name in wanted)
 
 
-def _moving(maps: dict[Axis, AxisMap]) -> dict[Axis, AxisMap]:
+def _moving(maps: Mapping[Axis, AxisMap]) -> dict[Axis, AxisMap]:
     return {axis: item for axis, item in maps.items() if not item.identity}
 
 
-def _place_layers(
-    old: ModelSpec, new: ModelSpec, depth: str, chooser: random.Random
-) -> tuple[tuple[int, ...], tuple[bool, ...], ModelSpec]:
-    """Sources of the new layers, which of them are added, and the spec with its layers' bookkeeping."""
-    duplicated = old.duplicated
-    if depth == "elle":
-        candidates = [lineage for lineage in dict.fromkeys(old.lineage) if lineage not in duplicated]
-        chosen = chooser.sample(candidates, new.layers - old.layers)
-        duplicated = (*duplicated, *chosen)
-        source = [layer for layer in range(old.layers) for _ in range(1 + (old.lineage[layer] in chosen))]
-    else:
-        source = [layer * old.layers // new.layers for layer in range(new.layers)]
-    inserted = [index > 0 and source[index] == source[index - 1] for index in range(new.layers)]
-    lineage = tuple(old.lineage[layer] for layer in source)
-    if depth != "elle" or new.layers % (max(lineage) + 1) == 0:
-        lineage, duplicated = (tuple(range(new.layers)), ()) if new.layers != old.layers else (lineage, duplicated)
-    gated = tuple(
-        index for index in range(new.layers) if (inserted[index] and depth == "gate") or source[index] in old.gated
-    )
-    return tuple(source), tuple(inserted), replace(new, gated=gated, lineage=lineage, duplicated=duplicated)
+def _composed(first: Mapping[Axis, AxisMap], second: Mapping[Axis, AxisMap]) -> dict[Axis, AxisMap]:
+    out = dict(first)
+    for axis, item in second.items():
+        out[axis] = first[axis].then(item) if axis in first else item
+    return out
+
+
+def _maps_to_json(maps: Mapping[Axis, AxisMap]) -> dict[str, Any]:
+    return {axis.value: item.to_json() for axis, item in maps.items()}
+
+
+def _maps_from_json(fields: Mapping[str, Any]) -> dict[Axis, AxisMap]:
+    return {Axis(axis): AxisMap.from_json(item) for axis, item in fields.items()}

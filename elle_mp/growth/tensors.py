@@ -1,19 +1,50 @@
-"""Growth of one parameter: indices, scales and noise on a block of it (growth.md, 1.1 and 1.3)."""
+"""How one parameter grows: what its entries copy, their scales, what else stands there (growth.md, 1.1 and 1.3)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from elle_mp.axes import ParamSpec, Role
-from elle_mp.growth.maps import AxisMap, dim_map
-from elle_mp.growth.plan import PAPER_NOISE_STD, GrowthPlan
-from elle_mp.ops.random import Bounds, normal_block
+from elle_mp.axes import Axis, Dim, ParamSpec, Role
+from elle_mp.growth.depth import Treatment
+from elle_mp.growth.maps import AxisMap, Fill, dim_map
+from elle_mp.growth.plan import GrowthPlan
+from elle_mp.ops.random import Bounds
 
-SILENCED = ("attention.out_weight", "attention.out_bias", "mlp.out_weight", "mlp.out_bias")
-"""What an inserted pre-norm layer writes into the residual stream: zero at first (growth.md, 1.5)."""
+
+@dataclass(frozen=True)
+class DimGrowth:
+    """How one dimension of a parameter grows; all tensors ``[N']``.
+
+    Attributes:
+        item: the map of the dimension.
+        scale: fp64, the factor ``s`` of each entry's weight.
+        ratio: fp64, the factor ``r = 1 / (n s)`` of each entry's gradient.
+        fill: int8, :class:`Fill`.
+        number: int64, which copy of its unit an entry is.
+    """
+
+    item: AxisMap
+    scale: Tensor
+    ratio: Tensor
+    fill: Tensor
+    number: Tensor
+
+    def has(self, fill: Fill) -> bool:
+        """Whether some unit is filled so."""
+        return bool((self.fill == int(fill)).any())
+
+    def source_range(self, start: int, stop: int) -> tuple[int, int]:
+        """The old units that the new ones ``[start, stop)`` are made of."""
+        if start == stop:
+            return 0, 0
+        if bool((self.fill[start:stop] == int(Fill.MEAN)).any()):
+            return 0, self.item.old
+        part = self.item.index[start:stop]
+        return int(part.min()), int(part.max()) + 1
 
 
 @dataclass(frozen=True)
@@ -21,158 +52,163 @@ class TensorGrowth:
     """How one parameter grows.
 
     Attributes:
-        name: of the new parameter.
-        source: of the old one; ``None`` for a parameter that is new altogether (the gate of an inserted layer).
-        dims: the map of each dimension, ``None`` where nothing moves.
-        scales: per dimension the factor ``s`` of each new entry, fp64 ``[N']``.
-        copies: per dimension the number of copies of each entry's source, fp64 ``[N']``.
-        silenced: the values become zero (the noise stays).
-        fresh: Adam starts anew here: moments and step are zero.
-        noisy: the dimension whose copies are told apart by noise.
+        name, spec, shape: of the new parameter.
+        source, old_shape: of the old one; ``source`` is ``None`` for a parameter that is new altogether.
+        above: the parameter one layer above the source, where some units come from it.
+        dims: per dimension, ``None`` where nothing moves.
+        treatment: what the depth strategy does to it.
+        pick: copies read one copy each (block-diagonal).
+        noise: strength of the zero-sum noise on the last dimension, relative to each value, or ``None``.
+        copy_noise: standard deviation of noise on copies that does not cancel, or ``None``.
+        stream: what the noise is keyed by, with the plan's seed.
+        seed: of the plan.
+        moments: of the plan; ``reset`` where Adam starts anew.
+        old_width: channels of the old residual stream.
     """
 
     name: str
-    source: str | None
-    shape: tuple[int, ...]
-    dims: tuple[AxisMap | None, ...]
-    scales: tuple[Tensor | None, ...]
-    copies: tuple[Tensor | None, ...]
-    silenced: bool
-    fresh: bool
-    noisy: int | None
     spec: ParamSpec
+    shape: tuple[int, ...]
+    source: str | None
+    old_shape: tuple[int, ...]
+    above: str | None
+    dims: tuple[DimGrowth | None, ...]
+    treatment: Treatment
+    pick: bool
+    noise: float | None
+    copy_noise: float | None
+    stream: str
+    seed: int
+    moments: str
+    old_width: int
 
     @property
-    def identity(self) -> bool:
-        """Whether the parameter stays bitwise as it is."""
-        return not self.silenced and self.source is not None and all(item is None for item in self.dims)
+    def reads(self) -> tuple[str, ...]:
+        """The old parameters that it is made of."""
+        names = [self.source, self.above, *(self.treatment.fold or ()), self.folded_weight]
+        return tuple(name for name in names if name is not None)
 
-    def source_bounds(self, bounds: Bounds) -> Bounds:
-        """The smallest block of the old parameter that the block ``bounds`` of the new one is made of."""
-        out = []
-        for item, (start, stop) in zip(self.dims, bounds, strict=True):
-            if item is None or start == stop:
-                out.append((start, stop))
-                continue
-            part = item.index[start:stop]
-            out.append((int(part.min()), int(part.max()) + 1))
-        return tuple(out)
+    @property
+    def folded_weight(self) -> str | None:
+        """The matrix whose bias this is, when a norm's bias is folded into it."""
+        if self.treatment.fold is None or self.source is None or not self.source.endswith("_bias"):
+            return None
+        return self.source.removesuffix("bias") + "weight"
 
-
-def plan_tensor(plan: GrowthPlan, name: str, spec: ParamSpec) -> TensorGrowth:
-    """What the plan does to the new parameter ``name``."""
-    source, layer = plan.source(name)
-    maps = plan.maps_of(layer)
-    added = layer is not None and plan.inserted[layer] and not plan.duplicates_layers
-    is_gate = name.endswith(".gate")
-    dims = tuple(dim_map(dim, maps, plan.old.axes) for dim in spec.dims)
-    pairs = list(zip(spec.dims, dims, strict=True))
-    noisy = [index for index, (dim, item) in enumerate(pairs) if dim.role is Role.READ and item is not None]
-    return TensorGrowth(
-        name=name,
-        source=None if is_gate and added else source,
-        shape=spec.shape(plan.new.axes),
-        dims=dims,
-        scales=tuple(None if item is None else _scale(dim.role, item) for dim, item in pairs),
-        copies=tuple(None if item is None else item.counts for item in dims),
-        silenced=added and plan.depth == "zero_out" and name.endswith(SILENCED),
-        fresh=added or plan.moments == "reset",
-        noisy=noisy[0] if noisy else None,
-        spec=spec,
-    )
+    def needs(self, bounds: Bounds) -> dict[str, Bounds]:
+        """The blocks of old parameters that the block ``bounds`` of the new one is made of."""
+        if self.source is None:
+            return {}
+        block = tuple(
+            (start, stop) if item is None else item.source_range(start, stop)
+            for item, (start, stop) in zip(self.dims, bounds, strict=True)
+        )
+        out = {self.source: block}
+        if self.above is not None:
+            out[self.above] = block
+        for name in self.treatment.fold or ():
+            out[name] = ((0, self.old_width),)
+        if self.folded_weight is not None:
+            out[self.folded_weight] = (block[0], (0, self.old_width))
+        return out
 
 
-def _scale(role: Role, item: AxisMap) -> Tensor:
-    """The factor of each copy, by the role of its dimension."""
+class TensorPlanner:
+    """Turns a plan into the growth of each parameter; maps of dimensions that repeat are made once."""
+
+    def __init__(self, plan: GrowthPlan) -> None:
+        self.plan = plan
+        self._known: dict[tuple[Dim, int | None, bool], DimGrowth | None] = {}
+        width = plan.width_strategy if "+" not in plan.width else None
+        self._copy_noise = width.copy_noise if width is not None else None
+
+    def __call__(self, name: str, spec: ParamSpec) -> TensorGrowth:
+        """What the plan does to the new parameter ``name``."""
+        plan = self.plan
+        layer, suffix = plan.locate(name)
+        treatment = plan.treatment(layer, suffix)
+        source, above = name, None
+        if layer is not None:
+            from_layer = plan.layer_source[layer]
+            source = f"layers.{from_layer}.{suffix}"
+            if from_layer + 1 < plan.old.layers:
+                above = f"layers.{from_layer + 1}.{suffix}"
+        own = layer if layer is not None and plan.layer_maps[layer] else None
+        dims = [self._dim(dim, layer, own, above is not None) for dim in spec.dims]
+        pick = len(dims) == 2 and all(item is not None and item.item.pick for item in dims)
+        if pick:
+            dims[1] = _picked(dims[1])
+        takes_next = any(item is not None and item.has(Fill.NEXT) for item in dims)
+        noisy = spec.dims[-1].role is Role.READ and dims[-1] is not None and bool((dims[-1].item.counts > 1).any())
+        strength = None if plan.noise_db is None else 10.0 ** (-plan.noise_db / 20.0)
+        old_axes = plan.old.axes
+        return TensorGrowth(
+            name=name,
+            spec=spec,
+            shape=spec.shape(plan.new.axes),
+            source=None if treatment.constant is not None else source,
+            old_shape=spec.shape(old_axes),
+            above=above if takes_next else None,
+            dims=tuple(dims),
+            treatment=treatment,
+            pick=pick,
+            noise=strength if noisy and self._copy_noise is None else None,
+            copy_noise=self._copy_noise if noisy else None,
+            stream=f"growth/{plan.new.layers}x{plan.new.embed}x{plan.new.mlp}/{name}",
+            seed=plan.seed,
+            moments="reset" if treatment.fresh else plan.moments,
+            old_width=old_axes[Axis.EMBED],
+        )
+
+    def _dim(self, dim: Dim, layer: int | None, own: int | None, has_above: bool) -> DimGrowth | None:
+        key = (dim, own, has_above)
+        if key not in self._known:
+            item = dim_map(dim, self.plan.maps_of(layer), self.plan.old.axes)
+            self._known[key] = None if item is None else _dim_growth(dim.role, item, has_above)
+        return self._known[key]
+
+
+def _dim_growth(role: Role, item: AxisMap, has_above: bool) -> DimGrowth:
     ones = torch.ones_like(item.counts)
-    if role is Role.WRITE:
-        return item.rho
-    if role is Role.READ:
-        return item.alpha
-    if role is Role.GAIN:
-        return item.eta / item.rho
-    if role is Role.HEAD_GAIN:
-        return item.eta / (item.rho * item.counts * item.rho)
-    if role is Role.HEAD_BIAS:
-        return 1.0 / (item.counts * item.rho)
-    return ones
+    written = item.written
+    if role is not Role.WRITE or not has_above:
+        written = torch.where(written == int(Fill.NEXT), 0, written).to(torch.int8)
+    copied = torch.zeros_like(written)
+    silent = torch.where(written > int(Fill.NEXT), int(Fill.ZERO), 0).to(torch.int8)
+    scale, fill = {
+        Role.WRITE: (item.write, written),
+        Role.KEEP: (item.write, written),
+        Role.READ: (item.read, item.reads),
+        Role.GAIN: (item.eta / item.write, copied),
+        Role.BIAS: (ones, silent),
+        Role.HEAD_GAIN: (item.eta * item.read / item.write.square(), copied),
+        Role.HEAD_BIAS: (item.read / item.write, silent),
+        Role.COPY: (ones, copied),
+    }[role]
+    scale = torch.where(fill == int(Fill.ZERO), 0.0, scale)
+    return DimGrowth(item, scale, _ratio(scale, item.counts, fill), fill, item.number)
 
 
-def grow_block(growth: TensorGrowth, plan: GrowthPlan, old: Tensor, old_bounds: Bounds, bounds: Bounds) -> Tensor:
-    """The block ``bounds`` of the grown weight, from the block ``old_bounds`` of the old one."""
-    values = _multiply(_gather(growth, old, old_bounds, bounds), growth.scales, bounds, 1)
-    noise = _noise(growth, plan, values, bounds)
-    if growth.silenced:
-        values = torch.zeros_like(values)
-    return values if noise is None else values + noise
+def _ratio(scale: Tensor, counts: Tensor, fill: Tensor) -> Tensor:
+    """``1 / (n s)`` of copies; zero of everything else, where Adam starts anew."""
+    return torch.where(fill == int(Fill.COPY), 1.0 / (counts * scale), 0.0)
 
 
-def grow_moment(growth: TensorGrowth, old: Tensor, old_bounds: Bounds, bounds: Bounds, degree: int) -> Tensor:
-    """The block of a grown Adam moment of ``degree`` 1 or 2 in the gradient: ``r = 1 / (n s)`` to that power."""
-    ratios = tuple(
-        None if scale is None or copies is None else 1.0 / (copies * scale)
-        for scale, copies in zip(growth.scales, growth.copies, strict=True)
-    )
-    return _multiply(_gather(growth, old, old_bounds, bounds), ratios, bounds, degree)
-
-
-def _gather(growth: TensorGrowth, old: Tensor, old_bounds: Bounds, bounds: Bounds) -> Tensor:
-    block = old
-    for dim, (item, (low, _), (start, stop)) in enumerate(zip(growth.dims, old_bounds, bounds, strict=True)):
-        if item is not None:
-            block = block.index_select(dim, (item.index[start:stop] - low).to(block.device))
-        elif (start - low, stop - low) != (0, block.shape[dim]):
-            block = block.narrow(dim, start - low, stop - start)
-    return block.clone() if block is old else block
-
-
-def _multiply(block: Tensor, factors: tuple[Tensor | None, ...], bounds: Bounds, power: int) -> Tensor:
-    for dim, (factor, (start, stop)) in enumerate(zip(factors, bounds, strict=True)):
-        if factor is None or bool((factor == 1).all()):
-            continue
-        shape = [1] * block.dim()
-        shape[dim] = stop - start
-        block = block * (factor[start:stop] ** power).to(block).view(shape)
-    return block
-
-
-def _noise(growth: TensorGrowth, plan: GrowthPlan, values: Tensor, bounds: Bounds) -> Tensor | None:
-    """Noise that tells copies apart, on the dimension that is read; ``None`` where there is none."""
-    dim = growth.noisy
-    if dim is None or values.numel() == 0:
-        return None
-    paper = plan.width == "elle"
-    if not paper and plan.noise_db is None:
-        return None
-    item = growth.dims[dim]
+def _picked(item: DimGrowth | None) -> DimGrowth | None:
+    """A read dimension whose copies are not shared but chosen among: each source entry has one reader per writer."""
     if item is None:
-        raise ValueError(f"{growth.name}: no copies along dimension {dim}")
-    stream = f"growth/{plan.new.layers}x{plan.new.embed}x{plan.new.mlp}/{growth.name}"
-    xi = normal_block(plan.seed, stream, growth.shape, bounds, torch.float64).to(values.device)
-    start, stop = bounds[dim]
-    if paper:
-        # Only copies, not originals, are noised, and the noise does not cancel (elle.md, 1.6).
-        copied = (torch.arange(start, stop) >= item.old).to(values.device)
-        shape = [1] * values.dim()
-        shape[dim] = stop - start
-        return (PAPER_NOISE_STD * xi * copied.view(shape)).to(values.dtype)
-    return _zero_sum(values, xi, item.index[start:stop].to(values.device), dim, float(plan.noise_db or 0.0))
+        return None
+    ones = torch.ones_like(item.scale)
+    return replace(item, scale=ones, ratio=ones)
 
 
-def _zero_sum(values: Tensor, xi: Tensor, index: Tensor, dim: int, decibels: float) -> Tensor:
-    """Noise relative to each value that sums to zero over the copies of a unit, matrix-valued (growth.md, 1.4).
+def moment_factor(item: DimGrowth, moments: str, degree: int) -> Tensor:
+    """The factor of each entry's moment of ``degree`` 1 or 2 in the gradient, fp64 ``[N']``."""
+    ratio = item.ratio.pow(degree)
+    return torch.where(item.item.original, ratio, 0.0) if moments == "asym_reset" else ratio
 
-    All copies of a unit lie in this block (floor maps never split them over ranks), so the sum is local, and being
-    relative to the value itself it needs no norm of the whole tensor: no communication.
-    """
-    units, inverse = torch.unique(index, return_inverse=True)
-    shape = list(xi.shape)
-    shape[dim] = len(units)
-    sums = torch.zeros(shape, dtype=xi.dtype, device=xi.device).index_add_(dim, inverse, xi)
-    count = torch.zeros(len(units), dtype=xi.dtype, device=xi.device).index_add_(
-        0, inverse, torch.ones_like(inverse, dtype=xi.dtype)
-    )
-    view = [1] * xi.dim()
-    view[dim] = len(units)
-    centred = xi - (sums / count.view(view)).index_select(dim, inverse)
-    return (10.0 ** (-decibels / 20.0) * centred * values).to(values.dtype)
+
+def parameter_growths(plan: GrowthPlan, specs: Mapping[str, ParamSpec]) -> dict[str, TensorGrowth]:
+    """The growth of every parameter of the larger model, whose declarations are ``specs``."""
+    planner = TensorPlanner(plan)
+    return {name: planner(name, spec) for name, spec in specs.items()}

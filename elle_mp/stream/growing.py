@@ -10,7 +10,7 @@ from typing import Any
 from elle_mp.config import OptimConfig
 from elle_mp.data.batches import Batch
 from elle_mp.errors import UserError
-from elle_mp.growth.apply import grow_on_shards
+from elle_mp.growth.apply import Traffic, grow_on_shards
 from elle_mp.growth.plan import GrowthPlan
 from elle_mp.models.build import Precision, checking_copy, empty_model
 from elle_mp.models.flops import parameter_count
@@ -40,12 +40,12 @@ def grow(
     optim: OptimConfig,
     precision: Precision,
     reshard: bool,
-) -> tuple[Transformer, ShardedAdamW, int]:
-    """The larger model and its optimizer (with the next stage's settings), and the bytes this rank received."""
+) -> tuple[Transformer, ShardedAdamW, Traffic]:
+    """The larger model and its optimizer (with the next stage's settings), and what growing it sent."""
     larger = empty_model(plan.new, model.grid, precision, reshard)
     larger_optimizer = ShardedAdamW(larger, optim)
-    received = grow_on_shards(plan, model, larger, optimizer.moments, larger_optimizer.moments)
-    return larger, larger_optimizer, received
+    traffic = grow_on_shards(plan, model, larger, optimizer.moments, larger_optimizer.moments)
+    return larger, larger_optimizer, traffic
 
 
 def grow_and_prove(
@@ -67,7 +67,7 @@ def grow_and_prove(
     logits, ppl_before = fixed_logits(checker, probe), perplexities(checker)
     del checker
     began = time.perf_counter()
-    larger, larger_optimizer, received = grow(plan, model, optimizer, optim, precision, reshard)
+    larger, larger_optimizer, traffic = grow(plan, model, optimizer, optim, precision, reshard)
     seconds = time.perf_counter() - began
     checker = checking_copy(larger, precision)
     absolute, relative = largest_difference(logits, fixed_logits(checker, probe), larger)
@@ -77,7 +77,7 @@ def grow_and_prove(
             f"growth {plan.width}/{plan.depth} was planned exact but changed a logit by {absolute:.3g} "
             f"({relative:.3g} of the largest); the checkpoint before it is intact: please report this"
         )
-    record = plan.to_json()
+    record = plan.summary()
     record["from"]["params"], record["to"]["params"] = parameter_count(model), parameter_count(larger)
     record |= {
         "max_logit_diff": absolute,
@@ -86,6 +86,7 @@ def grow_and_prove(
         "ppl_after": ppl_after,
         "ppl_recovered": None,
         "seconds": seconds,
-        "bytes_communicated": received,
+        "bytes_communicated": traffic.received,
+        "recut": traffic.recut,
     }
     return Grown(larger, larger_optimizer, record)

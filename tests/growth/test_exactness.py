@@ -237,12 +237,12 @@ def test_the_paper_s_recipe_says_that_it_is_not_exact_and_is_not(model: str) -> 
     for grow, growth, word in (
         ({"heads": 6}, {"width": "elle"}, "random maps"),
         ({"mlp": 57}, {"width": "elle"}, "random maps"),
-        ({"layers": 3}, {"depth": "elle"}, "duplicated layers"),
+        ({"layers": 3}, {"depth": "elle"}, "not the identity"),
         ({"heads": 6, "layers": 3}, {"width": "elle", "depth": "elle"}, "; "),
     ):
         plan, _ = plan_of(old.spec, sizes, grow, **growth)
         assert not plan.exact and word in str(plan.reason)
-        assert plan.to_json()["exact"] is False and plan.to_json()["reason"] == plan.reason
+        assert plan.summary()["exact"] is False and plan.summary()["reason"] == plan.reason
         assert plan.moments == "reset"
         new, new_optimizer, _ = apply(plan, old, optimizer.moments)
         assert float((before - logits(new, tokens, domain)).abs().max()) > 1e-3

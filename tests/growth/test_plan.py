@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from elle_mp.errors import UserError
+from elle_mp.growth.plan import GrowthPlan
 from tests.tiny import config_of, plan_of, spec_of
 
 REFUSED: dict[str, tuple[str, dict[str, int], dict[str, Any], str]] = {
@@ -18,25 +19,30 @@ REFUSED: dict[str, tuple[str, dict[str, int], dict[str, Any], str]] = {
         r"^growth\.width=replicate: width 32 -> 48 is no whole multiple; weighted is exact there$",
     ),
     "replicate, no multiple, RMSNorm": ("llama", {"heads": 6}, {"width": "replicate"}, r"iso is exact there$"),
-    "iso under LayerNorm": ("bert", {"heads": 8}, {"width": "iso"}, r"^growth\.width=iso .*bert.*weighted would do$"),
+    "iso under LayerNorm": ("bert", {"heads": 8}, {"width": "iso"}, r"^growth\.width=iso: .*bert.*weighted would do$"),
     "weighted under RMSNorm": (
         "llama",
         {"heads": 8},
         {"width": "weighted"},
-        r"^growth\.width=weighted .*iso would do$",
+        r"^growth\.width=weighted: .*iso would do$",
     ),
-    "gate before norms": ("gpt", {"layers": 3}, {"depth": "gate"}, r"^growth\.depth=gate .*pre-norm.*zero_out is$"),
+    "gate before norms": (
+        "gpt",
+        {"layers": 3},
+        {"depth": "gate"},
+        r"^growth\.depth=gate: .*pre-norm.*zero_out is exact",
+    ),
     "zero_out behind norms": (
         "bert",
         {"layers": 3},
         {"depth": "zero_out"},
-        r"^growth\.depth=zero_out .*post-LN.*gate is$",
+        r"^growth\.depth=zero_out: .*post-LN.*gate is$",
     ),
     "more than a doubling": (
         "gpt",
         {"layers": 5},
         {"depth": "elle"},
-        r"^growth\.depth=elle .*2 are left, not 3; at most 4 layers would do$",
+        r"^growth\.depth=elle: .*2 are left, not 3; at most 4 layers would do$",
     ),
 }
 
@@ -80,7 +86,11 @@ def test_a_plan_is_a_pure_function_of_its_seed_and_goes_to_json() -> None:
     for left, right in zip(one.layer_maps, two.layer_maps, strict=True):
         assert left.keys() == right.keys()
         assert all(left[axis].index.equal(right[axis].index) for axis in left)
-    record = one.to_json()
-    assert record["from"] == {"layers": 4, "heads": 4, "kv_groups": 4, "embed": 32, "mlp": 40}
-    assert record["to"] == {"layers": 6, "heads": 6, "kv_groups": 6, "embed": 48, "mlp": 57}
+    again = GrowthPlan.from_json(json.loads(json.dumps(one.to_json())))
+    assert again.summary() == one.summary() and again.to_json() == one.to_json()
+    assert (again.old, again.new, again.placement) == (one.old, one.new, one.placement)
+    record = one.summary()
+    sizes_in_record = ("layers", "heads", "kv_groups", "embed", "mlp")
+    assert tuple(record["from"][key] for key in sizes_in_record) == (4, 4, 4, 32, 40)
+    assert tuple(record["to"][key] for key in sizes_in_record) == (6, 6, 6, 48, 57)
     assert len(record["inserted"]) == 2 and one.moments == "reset"
