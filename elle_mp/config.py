@@ -36,7 +36,7 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    """The model before its first growth. Width is ``heads * head_dim``."""
+    """The model before its first growth."""
 
     family: Family = "gpt"
     """``bert`` (post-LN, MLM), ``gpt`` (pre-LN) or ``llama`` (RMSNorm, RoPE, SwiGLU, GQA)."""
@@ -46,6 +46,8 @@ class ModelConfig(Section):
     """Query heads."""
     head_dim: Positive = 32
     """Channels of a head; even for ``llama`` (RoPE turns pairs)."""
+    width: Positive | None = None
+    """Width of the residual stream; ``heads * head_dim`` when not given."""
     kv_groups: Positive | None = None
     """Key/value heads (``llama``); all query heads when not given."""
     mlp_ratio: Annotated[float, Field(gt=0)] | None = None
@@ -64,13 +66,16 @@ class ModelConfig(Section):
     """Added to the variance in LayerNorm and RMSNorm."""
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
     """Base of the rotary frequencies (``llama``)."""
+    vocab: Positive | None = None
+    """Ids of the model when more than the tokenizer has. Those beyond it are reserved rows of the table: they get no
+    probability until a tokenizer that has them trains."""
     vocab_multiple: Positive = 128
     """The table is padded to a multiple of this, whatever the layout."""
 
     @property
     def embed(self) -> int:
         """Width of the residual stream."""
-        return self.heads * self.head_dim
+        return self.width or self.heads * self.head_dim
 
     @property
     def groups(self) -> int:
@@ -242,11 +247,20 @@ class GrowConfig(Section):
     layers: Positive | None = None
     """Transformer layers."""
     heads: Positive | None = None
-    """Query heads; the width is ``heads * head_dim``."""
+    """Query heads; the width grows with them unless ``model.width`` or ``width`` is given."""
     kv_groups: Positive | None = None
     """Key/value heads (``llama``)."""
+    head_dim: Positive | None = None
+    """Channels of a head; the width grows with them unless ``model.width`` or ``width`` is given."""
+    width: Positive | None = None
+    """Width of the residual stream; from then on it no longer follows heads and ``head_dim``."""
     mlp: Positive | None = None
     """Inner width of the MLP."""
+    seq_len: Positive | None = None
+    """Positions, the prompt's included. The text of this and later stages is cut into samples that fill them, valid
+    text too, and the memories are chosen anew at that length (from all training text, ``memory.tokens`` as before)."""
+    vocab: Positive | None = None
+    """Ids of the model, those of the tokenizer and reserved ones; see ``model.vocab``."""
 
 
 class RecoverConfig(Section):
@@ -329,8 +343,12 @@ class Config(Section):
 
     @property
     def text_length(self) -> int:
-        """Text positions of a sequence: what the prompt leaves of ``model.seq_len``."""
+        """Text positions of a sequence in the first stage: what the prompt leaves of ``model.seq_len``."""
         return self.model.seq_len - self.prompts.tokens
+
+    def stage_text_length(self, stage: int) -> int:
+        """Text positions of a sequence in a stage."""
+        return self.stage_model(stage).seq_len - self.prompts.tokens
 
 
 def grown(model: ModelConfig, grow: GrowConfig) -> ModelConfig:

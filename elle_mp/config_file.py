@@ -167,6 +167,7 @@ def _check_stages(config: Config, where: typing.Callable[[Location], str]) -> No
             f"{where(('prompts', 'tokens'))}: prompts.tokens={config.prompts.tokens} leaves {config.text_length} text "
             f"positions of model.seq_len={config.model.seq_len}; at most {config.model.seq_len - 2} would do"
         )
+    _check_vocabulary(config, where)
     seen: dict[str, int] = {}
     model = config.model
     for index, stage in enumerate(config.stream):
@@ -190,6 +191,22 @@ def _check_stages(config: Config, where: typing.Callable[[Location], str]) -> No
         )
 
 
+def _check_vocabulary(config: Config, where: typing.Callable[[Location], str]) -> None:
+    """The tokenizer to be trained has a row for each of its pieces (one that is given is asked when it is read)."""
+    if config.tokenizer.path is not None:
+        return
+    pieces = config.tokenizer.vocab_size
+    places: list[tuple[Location, int | None]] = [(("model", "vocab"), config.model.vocab)]
+    places += [(("stream", at, "grow", "vocab"), item.grow.vocab) for at, item in enumerate(config.stream) if item.grow]
+    for place, rows in places:
+        if rows is not None and rows < pieces:
+            dotted = ".".join(str(part) for part in place)
+            raise UserError(
+                f"{where(place)}: {dotted}={rows} is smaller than tokenizer.vocab_size={pieces}; "
+                f"{pieces} or more would do"
+            )
+
+
 def _checked_growth(model: Any, grow: Any, where: typing.Callable[[Location], str], place: Location) -> Any:
     dotted = ".".join(str(part) for part in place)
     try:
@@ -200,7 +217,11 @@ def _checked_growth(model: Any, grow: Any, where: typing.Callable[[Location], st
         ("layers", model.layers, new.layers),
         ("heads", model.heads, new.heads),
         ("kv_groups", model.groups, new.groups),
+        ("head_dim", model.head_dim, new.head_dim),
+        ("width", model.embed, new.embed),
         ("mlp", model.mlp_size, new.mlp_size),
+        ("seq_len", model.seq_len, new.seq_len),
+        ("vocab", model.vocab or 0, new.vocab or 0),
     ):
         if after < before:
             raise UserError(

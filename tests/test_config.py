@@ -126,6 +126,41 @@ REFUSED: dict[str, tuple[tuple[str, str], tuple[str, ...], str]] = {
         (),
         r"^run\.yaml:5: stream\.1\.grow\.mlp=100 is smaller than 512.*512 or more$",
     ),
+    "shrinks in width": (
+        ("heads: 6}", "width: 64}"),
+        (),
+        r"^run\.yaml:5: stream\.1\.grow\.width=64 is smaller than 128 .*128 or more$",
+    ),
+    "shrinks in head_dim": (
+        ("heads: 6}", "head_dim: 16}"),
+        (),
+        r"^run\.yaml:5: stream\.1\.grow\.head_dim=16 is smaller than 32 .*32 or more$",
+    ),
+    "shrinks in positions": (
+        ("heads: 6}", "seq_len: 64}"),
+        (),
+        r"^run\.yaml:5: stream\.1\.grow\.seq_len=64 is smaller than 128 .*128 or more$",
+    ),
+    "shrinks in ids": (
+        ("heads: 6}", "vocab: 4200}"),
+        ("model.vocab=5000",),
+        r"^run\.yaml:5: stream\.1\.grow\.vocab=4200 is smaller than 5000 .*5000 or more$",
+    ),
+    "fewer ids than pieces": (
+        ("seq_len: 128", "seq_len: 128, vocab: 4000"),
+        (),
+        r"^run\.yaml:2: model\.vocab=4000 is smaller than tokenizer\.vocab_size=4096; 4096 or more would do$",
+    ),
+    "fewer ids than pieces after growth": (
+        ("heads: 6}", "vocab: 500}"),
+        (),
+        r"^run\.yaml:5: stream\.1\.grow\.vocab=500 is smaller than tokenizer\.vocab_size=4096",
+    ),
+    "odd head_dim under RoPE after growth": (
+        ("family: gpt", "family: llama"),
+        ("stream.1.grow={head_dim: 33}",),
+        r"stream\.1\.grow: head_dim=33 is odd.*34 would do$",
+    ),
     "domain named twice": (
         ("domain: b", "domain: a"),
         (),
@@ -348,6 +383,33 @@ def test_sizes_follow_the_width_unless_they_are_given() -> None:
     assert grown(ModelConfig(mlp_ratio=2.0), GrowConfig(mlp=300)).mlp_size == 300
     assert grown(ModelConfig(family="llama", heads=4, kv_groups=2), GrowConfig(heads=8)).groups == 2
     assert grown(ModelConfig(), GrowConfig(heads=8)).groups == 8
+
+
+def test_the_width_follows_the_heads_until_it_is_given() -> None:
+    free = ModelConfig(heads=4, head_dim=32)
+    assert grown(free, GrowConfig(heads=6)).embed == 192
+    assert grown(free, GrowConfig(head_dim=48)).embed == 192
+    wide = grown(free, GrowConfig(width=160))
+    assert (wide.embed, wide.heads, wide.head_dim, wide.mlp_size) == (160, 4, 32, 640)
+    longer = grown(wide, GrowConfig(head_dim=64, heads=8))
+    assert (longer.embed, longer.heads, longer.head_dim, longer.mlp_size) == (160, 8, 64, 640)
+    llama = ModelConfig(family="llama", heads=4, head_dim=32, width=96)
+    assert (llama.embed, llama.mlp_size) == (96, 256)
+
+
+def test_a_stage_has_its_own_text_length() -> None:
+    tree = {
+        "model": {"seq_len": 32},
+        "prompts": {"tokens": 2},
+        "stream": [
+            {"domain": "a", "data": "a", "steps": 1},
+            {"domain": "b", "data": "b", "steps": 1, "grow": {"seq_len": 48}},
+            {"domain": "c", "data": "c", "steps": 1},
+        ],
+    }
+    config = parse_config(tree)
+    assert [config.stage_text_length(stage) for stage in range(3)] == [30, 46, 46]
+    assert config.text_length == 30
 
 
 def test_help_does_not_wait_for_torch() -> None:

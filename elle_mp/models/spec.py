@@ -17,7 +17,7 @@ class ModelSpec:
     Attributes:
         family: the preset: ``bert``, ``gpt`` or ``llama``.
         queries: query heads per key/value group.
-        vocab_size: ids of the tokenizer; the table has ``padded_vocab`` rows.
+        vocab_size: ids of the model, reserved ones included; the table has ``padded_vocab`` rows.
         positions: longest sequence, the prompt included.
         domains: rows of the prompt table; ``prompt_tokens`` of them per domain.
         norm_eps: of every norm of the residual stream, as growth has scaled it.
@@ -48,17 +48,24 @@ class ModelSpec:
     lineage: tuple[int, ...] = ()
     duplicated: tuple[int, ...] = ()
     """Lineage ids already duplicated in this doubling (``growth.depth: elle``)."""
+    rope_exponents: tuple[float, ...] = ()
+    """Exponents e of the inverse frequencies ``rope_theta ** -e`` of a head's pairs, ``head_dim / 2`` of them; empty
+    for the standard ones, ``2 i / head_dim``. (Longer heads keep the frequencies of their old pairs.)"""
+    live_vocab: int = 0
+    """Ids that the softmax knows: those from here on are reserved and get no probability; 0 for all ``vocab_size``."""
 
     @classmethod
     def from_config(cls, config: Config, vocab_size: int) -> ModelSpec:
-        """The model of the first stage."""
+        """The model of the first stage.
+
+        Args:
+            vocab_size: ids of the tokenizer; ``model.vocab`` may reserve more.
+        """
         model = config.model
+        rows = max(vocab_size, model.vocab or 0)
         tied = model.tied if model.tied is not None else model.family != "llama"
         return cls(
             family=model.family,
-            vocab_size=vocab_size,
-            padded_vocab=-(-vocab_size // model.vocab_multiple) * model.vocab_multiple,
-            positions=model.seq_len,
             domains=len(config.stream),
             prompt_tokens=config.prompts.tokens,
             tied=tied,
@@ -67,12 +74,13 @@ class ModelSpec:
             norm_eps=model.norm_eps,
             rope_theta=model.rope_theta,
             lineage=tuple(range(model.layers)),
-            **sizes_of(model),
+            live_vocab=vocab_size if rows > vocab_size else 0,
+            **(sizes_of(model) | vocabulary_sizes(rows, model.vocab_multiple)),
         )
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ModelSpec:
-        """The inverse of :meth:`to_json`."""
+        """The inverse of :meth:`to_json`; fields that a model saved by an earlier version lacks have their defaults."""
         plain: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
         }
@@ -123,6 +131,11 @@ class ModelSpec:
         return self.positions - self.prompt_tokens
 
     @property
+    def softmax_vocab(self) -> int:
+        """Ids that can be predicted; the table's rows from there on are masked."""
+        return self.live_vocab or self.vocab_size
+
+    @property
     def axes(self) -> dict[Axis, int]:
         """The size of every axis."""
         return {
@@ -142,7 +155,8 @@ class ModelSpec:
 
 
 def sizes_of(model: ModelConfig) -> dict[str, Any]:
-    """The sizes that growth changes, as fields of :class:`ModelSpec`."""
+    """The sizes that growth changes, as fields of :class:`ModelSpec`; the vocabulary's only if ``vocab`` is given."""
+    vocabulary = {} if model.vocab is None else vocabulary_sizes(model.vocab, model.vocab_multiple)
     return {
         "layers": model.layers,
         "kv_groups": model.groups,
@@ -150,4 +164,11 @@ def sizes_of(model: ModelConfig) -> dict[str, Any]:
         "head_dim": model.head_dim,
         "embed": model.embed,
         "mlp": model.mlp_size,
+        "positions": model.seq_len,
+        **vocabulary,
     }
+
+
+def vocabulary_sizes(ids: int, multiple: int) -> dict[str, int]:
+    """``vocab_size`` and ``padded_vocab``, the next multiple of ``model.vocab_multiple``."""
+    return {"vocab_size": ids, "padded_vocab": -(-ids // multiple) * multiple}
