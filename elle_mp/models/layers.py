@@ -160,10 +160,11 @@ class Mlp(SubLayer):
 
 def rotary_table(spec: ModelSpec, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosine and sine ``[length, head_dim / 2]`` in fp64 (RoFormer, arXiv 2104.09864)."""
-    pairs = torch.arange(0, spec.head_dim, 2, dtype=torch.float64, device=device)
-    angles = torch.outer(
-        torch.arange(length, dtype=torch.float64, device=device), spec.rope_theta ** (-pairs / spec.head_dim)
-    )
+    if spec.rope_exponents:
+        exponents = torch.tensor(spec.rope_exponents, dtype=torch.float64, device=device)
+    else:
+        exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float64, device=device) / spec.head_dim
+    angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), spec.rope_theta**-exponents)
     return angles.cos(), angles.sin()
 
 

@@ -138,7 +138,7 @@ class Transformer(ShardedModule):
             chosen,
             bias=self._table_bias(),
             vocab_start=self._vocab_start,
-            vocab_size=self.spec.vocab_size,
+            vocab_size=self.spec.softmax_vocab,
             group=self.tp_group,
         )
 

@@ -46,12 +46,12 @@ def _rows_of_rank(batch: Batch, rank: int, size: int) -> Batch:
 
 @torch.no_grad()
 def fixed_logits(model: Transformer, batch: Batch) -> Tensor:
-    """This rank's part of the logits of a fixed batch, ``[B, T, V_local]``, padding left out."""
+    """This rank's part of the logits of a fixed batch, ``[B, T, V_local]``, padding and reserved ids left out."""
     batch = batch.to(model.grid.device)
     logits: Tensor = model(batch.tokens, batch.domain)
     release(model)
     local = model.spec.padded_vocab // model.grid.tp_size
-    real = min(max(model.spec.vocab_size - model.grid.tp_rank * local, 0), local)
+    real = min(max(model.spec.softmax_vocab - model.grid.tp_rank * local, 0), local)
     return logits[..., :real]
 
 

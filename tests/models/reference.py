@@ -73,6 +73,7 @@ def _llama(spec: ModelSpec) -> nn.Module:
             num_hidden_layers=spec.layers,
             num_attention_heads=spec.heads,
             num_key_value_heads=spec.kv_groups,
+            head_dim=spec.head_dim,
             intermediate_size=spec.mlp,
             rms_norm_eps=spec.norm_eps,
             tie_word_embeddings=spec.tied,
@@ -85,7 +86,8 @@ def _llama(spec: ModelSpec) -> nn.Module:
 
 def _make_exact(model: Any, spec: ModelSpec) -> None:
     def rotary(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        frequency = spec.rope_theta ** (-torch.arange(0, spec.head_dim, 2).double() / spec.head_dim)
+        standard = [pair / spec.head_dim for pair in range(0, spec.head_dim, 2)]
+        frequency = spec.rope_theta ** -torch.tensor(spec.rope_exponents or standard, dtype=torch.float64)
         angle = position_ids[..., None].double() * frequency
         angle = torch.cat((angle, angle), dim=-1)
         return angle.cos(), angle.sin()

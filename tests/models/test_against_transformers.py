@@ -25,6 +25,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama tied": {"family": "llama", "kv_groups": 4, "tied": True},
     "llama GQA": {"family": "llama", "kv_groups": 2},
     "llama one group": {"family": "llama", "kv_groups": 1},
+    "llama, narrow": {"family": "llama", "kv_groups": 2, "width": 20},
+    "llama, wide": {"family": "llama", "kv_groups": 2, "width": 44, "tied": True},
 }
 
 
