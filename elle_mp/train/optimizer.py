@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,41 +14,41 @@ from torch.distributed.tensor import DTensor
 from elle_mp.axes import ParamSpec
 from elle_mp.config import OptimConfig
 from elle_mp.growth.apply import Moments
+from elle_mp.growth.factors import After, Factors
 from elle_mp.models.transformer import Transformer
 from elle_mp.parallel.mesh import Grid
-from elle_mp.parallel.sharding import local_tensor, named_specs
+from elle_mp.parallel.sharding import local_tensor, my_bounds, named_specs
+from elle_mp.train.entries import Age, Settings, ShardFactors, shard_factors, step_by_entry
+
+NO_GROWTH = After()
+"""A step that no growth bears on."""
 
 
 class ShardedAdamW:
     """``torch.optim.AdamW`` (fused) over the local shards; DTensor's dispatch stays off the step's path.
 
-    The state exists from the start, so a checkpoint always holds the same tensors.
+    The state exists from the start, so a checkpoint always holds the same tensors. A parameter whose entries have
+    rates, epsilons or ages of their own takes :func:`elle_mp.train.entries.step_by_entry` instead; the state is shared.
+
+    Args:
+        factors: what growth left, by parameter; one that is missing has factors of one and is old.
 
     Attributes:
         moments: this rank's part of Adam's state of every parameter, by name.
     """
 
-    def __init__(self, model: Transformer, optim: OptimConfig) -> None:
+    def __init__(self, model: Transformer, optim: OptimConfig, factors: Mapping[str, Factors] | None = None) -> None:
         self.grid: Grid = model.grid
         self.parameters = dict(model.named_parameters())
         self.specs: Mapping[str, ParamSpec] = dict(named_specs(model))
         self.shards = {name: local_tensor(item).detach() for name, item in self.parameters.items()}
         self.lr = optim.lr
         self.clip = optim.clip
-        groups = [
-            {
-                "params": [self.shards[name] for name in self.shards if self._decays(name, optim) is decays],
-                "weight_decay": optim.weight_decay if decays else 0.0,
-            }
-            for decays in (True, False)
-        ]
-        self.inner = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            fused=True,
-        )
+        self.betas = optim.betas
+        self.eps = optim.eps
+        self.decay = {name: optim.weight_decay if self._decays(name, optim) else 0.0 for name in self.shards}
+        self.factors = self._cut(model, factors or {})
+        self.inner = torch.optim.AdamW(self._groups(), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
         self.moments: dict[str, Moments] = {}
         for name, item in self.shards.items():
             state = Moments(
@@ -61,11 +62,39 @@ class ShardedAdamW:
     def _decays(self, name: str, optim: OptimConfig) -> bool:
         return optim.decay == "all" or self.specs[name].decay
 
+    def _cut(self, model: Transformer, factors: Mapping[str, Factors]) -> dict[str, ShardFactors]:
+        if unknown := sorted(factors.keys() - self.shards.keys()):
+            raise ValueError(f"factors of parameters that the model does not have: {', '.join(unknown)}")
+        cut = {}
+        for name, spec in self.specs.items():
+            shape = spec.shape(model.sizes)
+            cut[name] = shard_factors(factors.get(name), shape, my_bounds(spec, shape, self.grid), self.shards[name])
+        return cut
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by what is the same for all their entries: rate, epsilon, decay, and whether they are new.
+
+        Those with factors by entry lie in some group too, but never show it a gradient.
+        """
+        groups: dict[tuple[float, float, float, bool], dict[str, Any]] = {}
+        for name, shard in self.shards.items():
+            factors, decay = self.factors[name], self.decay[name]
+            key = (factors.rate, factors.eps, decay, factors.age is Age.NEW)
+            made = {
+                "params": [],
+                "weight_decay": decay / factors.rate,
+                "eps": self.eps * factors.eps,
+                "factors": factors,
+            }
+            groups.setdefault(key, made)["params"].append(shard)
+        return list(groups.values())
+
     @torch.no_grad()
-    def step(self, factor: float) -> float:
+    def step(self, factor: float, after: After = NO_GROWTH) -> float:
         """Clips the gradients, updates the masters at ``factor`` of the peak rate, and forgets the gradients.
 
-        Nothing is updated when the gradient is not finite.
+        Nothing is updated when the gradient is not finite. Gradients of what ``after`` lets rest count in the norm, so
+        that it can be compared with the norms of other steps.
 
         Returns:
             The global gradient norm before clipping.
@@ -75,15 +104,25 @@ class ShardedAdamW:
         if self.clip and norm > self.clip:
             torch._foreach_mul_(list(gradients.values()), self.clip / (norm + 1e-6))
         if isfinite(norm):
-            for name, gradient in gradients.items():
-                self.shards[name].grad = gradient
-            for group in self.inner.param_groups:
-                group["lr"] = self.lr * factor
-            self.inner.step()
+            self._update(gradients, self.lr * factor, after)
         for name, item in self.parameters.items():
             item.grad = None
             self.shards[name].grad = None
         return norm
+
+    def _update(self, gradients: Mapping[str, Tensor], lr: float, after: After) -> None:
+        for name, gradient in gradients.items():
+            factors = self.factors[name]
+            if factors.rests(after):
+                continue
+            if factors.by_entry(after):
+                settings = Settings(lr, self.betas, self.eps, self.decay[name], after)
+                step_by_entry(self.shards[name], gradient, self.moments[name], factors, settings)
+            else:
+                self.shards[name].grad = gradient
+        for group in self.inner.param_groups:
+            group["lr"] = lr * group["factors"].rate * group["factors"].factor(after)
+        self.inner.step()
 
     def gradient_norm(self, gradients: Mapping[str, Tensor]) -> float:
         """The norm over all parameters of all ranks; replicas over ``tp`` are counted once.
