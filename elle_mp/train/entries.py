@@ -14,8 +14,8 @@ from elle_mp.growth.apply import Moments
 from elle_mp.growth.factors import After, Factors
 from elle_mp.ops.random import Bounds
 
-CPU_BLOCK = 1 << 16
-"""Entries of a block of rows: its temporaries stay in a core's cache."""
+CPU_BLOCK = 1 << 18
+"""Entries of a block of rows: its temporaries stay in the cache."""
 ACCELERATOR_BLOCK = 1 << 26
 """The same on an accelerator: few launches, bounded memory."""
 
