@@ -115,7 +115,7 @@ def _domain_perplexity(
     model: Transformer, config: Config, tokenizer: Tokenizer, run_dir: Path, domain: str, path: str, row: int
 ) -> float:
     data = on_first_rank_then_all(lambda: prepare_domain(domain, path, tokenizer, run_dir / "data"))
-    samples = DomainSamples(row, data.packed("valid", config.text_length, objective_of(config)))
+    samples = DomainSamples(row, data.packed("valid", model.spec.text_length, objective_of(config)))
     masking = valid_masking(
         objective_of(config), config.run.seed, tokenizer.vocab_size, tokenizer.mask_id, tokenizer.special_ids
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import exp
 
 import torch
@@ -56,11 +56,43 @@ def fixed_logits(model: Transformer, batch: Batch) -> Tensor:
 
 
 def largest_difference(before: Tensor, after: Tensor, model: Transformer) -> tuple[float, float]:
-    """Largest change of a logit over all ranks: absolute, and relative to the largest logit."""
+    """Largest change of a logit over all ranks: absolute, and relative to the largest logit.
+
+    Args:
+        before, after: this rank's parts of the logits of the same ids, ``[B, T, V_local]``. The ranks may share them
+            otherwise than before: a larger table is cut elsewhere.
+    """
     values = torch.zeros(2, dtype=torch.float64, device=before.device)
-    if before.numel():
-        values[0] = (before.double() - after.double()).abs().max()
-        values[1] = before.double().abs().max()
+    for one, other in _same_ids(before, after, model):
+        if one.numel():
+            change = torch.stack([(one.double() - other.double()).abs().max(), one.double().abs().max()])
+            values = torch.maximum(values, change)
     if model.grid.tp_size > 1:
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=model.grid.group("tp"))
     return float(values[0]), float(values[0] / values[1].clamp_min(1e-300))
+
+
+def _same_ids(before: Tensor, after: Tensor, model: Transformer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of both that belong to the same ids: what this rank has, or else one whole sequence at a time."""
+    if model.grid.tp_size > 1:
+        group = model.grid.group("tp")
+        moved = torch.tensor(float(before.shape != after.shape), device=before.device)
+        dist.all_reduce(moved, op=dist.ReduceOp.MAX, group=group)
+        if moved > 0:
+            for one, other in zip(before, after, strict=True):
+                yield _all_ids(one, group), _all_ids(other, group)
+            return
+    yield before, after
+
+
+def _all_ids(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``[T, V]`` of the parts ``[T, V_local]`` of all ranks, which need not be equally wide."""
+    width = torch.tensor([part.shape[-1]], device=part.device)
+    widths = [torch.empty_like(width) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(widths, width, group=group)
+    sizes = [int(item) for item in widths]
+    padded = part.new_zeros(*part.shape[:-1], max(sizes))
+    padded[..., : part.shape[-1]] = part
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([item[..., :size] for item, size in zip(parts, sizes, strict=True)], dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from elle_mp.observe.journal import Journal
 from elle_mp.observe.tables import growth_table, make_console, stages_table
 from elle_mp.parallel.agreement import on_first_rank, on_first_rank_then_all
 from elle_mp.parallel.mesh import start_distributed
-from elle_mp.stream.domains import check_data, open_domains
+from elle_mp.stream.domains import check_data, open_domains, vocabulary_size
 from elle_mp.stream.run_directory import finished_state, open_run_directory, restore_results
 from elle_mp.stream.runner import StreamRunner
 from elle_mp.stream.state import DONE, RunState
@@ -98,6 +99,10 @@ def check_growth(config: Config) -> None:
     Raises:
         UserError: a strategy cannot grow this family by these sizes.
     """
-    spec = ModelSpec.from_config(config, config.tokenizer.vocab_size)
-    for index in range(1, len(config.stream)):
+    spec = ModelSpec.from_config(config, vocabulary_size(config))
+    steps = 0
+    for index, stage in enumerate(config.stream[1:], start=1):
         spec = make_plan(spec, config.stage_model(index), config.growth, config.run.seed).new
+        steps = stage.recover.steps + stage.steps + (steps if stage.grow is None else 0)
+        if config.growth.anneal and steps >= config.growth.anneal:
+            spec = replace(spec, weighted_norms=False)

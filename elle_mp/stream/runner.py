@@ -15,6 +15,7 @@ from elle_mp.errors import UserError
 from elle_mp.growth.plan import make_plan
 from elle_mp.models.build import Precision, checking_copy, empty_model
 from elle_mp.models.flops import parameter_count, training_flops_per_token
+from elle_mp.models.live import anneal_norms, open_vocabulary, settle_norms
 from elle_mp.models.spec import ModelSpec
 from elle_mp.models.transformer import Transformer
 from elle_mp.observe.journal import Journal, Place
@@ -159,9 +160,10 @@ class StreamRunner:
             self.precision,
             reshard,
             self.domains.probe(stage),
-            lambda model: self._perplexities(model, stage),
+            lambda model: self._perplexities(model, stage, stage - 1),
         )
         self.model, self.optimizer, self.state.growth = grown.model, grown.optimizer, grown.record
+        self.state.growth_step = self.state.global_step
         self.journal.grew(config.stream[stage].domain, grown.record)
 
     def _train_phase(self, stop: StopRequest) -> bool:
@@ -172,6 +174,7 @@ class StreamRunner:
         batch = config.stage_batch(stage)
         builder = self.domains.builder(stage, phase)
         first, last = rows_of(self.grid, batch.global_)
+        open_vocabulary(self.model, self.domains.tokenizer.vocab_size)
         self.optimizer.lr = self._peak_rate(stage, phase)
         trainer = Trainer(self.model, self.optimizer, batch.micro, config.run.seed)
         flops = training_flops_per_token(self.model.spec) * self.model.spec.positions * batch.global_
@@ -180,6 +183,7 @@ class StreamRunner:
             while state.step < steps:
                 began = time.perf_counter()
                 factor = self._rate_factor(stage, phase)
+                self._anneal()
                 result = trainer.step(builder.batch(state.step, first, last), factor, lambda: self._must_stop(stop))
                 check_finite(result, f"stage {stage} ({domain}, {phase}), step {state.step}")
                 state.step += 1
@@ -198,6 +202,14 @@ class StreamRunner:
                 if result.stop:
                     return True
         return False
+
+    def _anneal(self) -> None:
+        """Before each of the first ``growth.anneal`` steps after a growth, of whatever phase: norms on their way back
+        to plain statistics. The step trains what the evaluation after it will see."""
+        state, steps = self.state, self.config.growth.anneal
+        if steps and state.growth_step is not None and self.model.norm_stats is not None:
+            anneal_norms(self.model, max(steps - (state.global_step - state.growth_step), 1))
+            settle_norms(self.model)
 
     def _log(self, result: StepResult, factor: float, tokens: int, flops: float, seconds: float) -> None:
         """Books a step. When rank 0 cannot write, all ranks hear of it with the next step: see :meth:`_must_stop`."""
@@ -231,7 +243,7 @@ class StreamRunner:
         checker = checking_copy(self.model, self.precision)
         if state.phase == RECOVER:
             if state.growth is not None:
-                state.growth["ppl_recovered"] = self._perplexities(checker, stage)
+                state.growth["ppl_recovered"] = self._perplexities(checker, stage, stage - 1)
                 if state.growth["moments"] == "reset":
                     self.optimizer.reset()
             state.stage_seconds += time.perf_counter() - began
@@ -247,8 +259,10 @@ class StreamRunner:
             "layers": spec.layers,
             "heads": spec.heads,
             "kv_groups": spec.kv_groups,
+            "head_dim": spec.head_dim,
             "embed": spec.embed,
             "mlp": spec.mlp,
+            "positions": spec.positions,
             "tokens": state.stage_tokens,
             "flops": state.stage_flops,
             "seconds": state.stage_seconds,
@@ -261,14 +275,15 @@ class StreamRunner:
 
     # Measures
 
-    def _perplexities(self, model: Transformer, seen: int) -> dict[str, float]:
-        stream = self.config.stream
-        return {stream[index].domain: perplexity(model, self.domains.held_out(index)) for index in range(seen)}
+    def _perplexities(self, model: Transformer, seen: int, stage: int) -> dict[str, float]:
+        """Of the first ``seen`` domains, on text as long as that of ``stage``."""
+        stream, held_out = self.config.stream, self.domains.held_out
+        return {stream[index].domain: perplexity(model, held_out(index, stage)) for index in range(seen)}
 
     def _evaluate(self, model: Transformer) -> dict[str, Any]:
         """Perplexity of every seen domain, AP and AP+; also a line of ``evals.jsonl``."""
         state = self.state
-        ppl = self._perplexities(model, state.stage + 1)
+        ppl = self._perplexities(model, state.stage + 1, state.stage)
         current = self.config.stream[state.stage].domain
         scores = {
             "ppl": ppl,
