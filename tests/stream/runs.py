@@ -94,7 +94,7 @@ def write_stream(folder: Path, family: str = "gpt", **changes: Any) -> Path:
         ],
     }  # fmt: skip
     for key, value in changes.items():
-        tree[key] = tree[key] | value if isinstance(value, dict) else value
+        tree[key] = tree.get(key, {}) | value if isinstance(value, dict) else value
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     return path
