@@ -137,15 +137,28 @@ class MemoryConfig(Section):
 class GrowthConfig(Section):
     """How the model grows between domains (growth.md)."""
 
-    width: Literal["auto", "replicate", "weighted", "iso", "elle"] = "auto"
-    """The map of the residual axis. ``auto`` takes what is exact for the family and the sizes; ``elle`` is the
-    paper's recipe (random maps and copy noise) and is not exact."""
-    depth: Literal["auto", "zero_out", "gate", "elle"] = "auto"
-    """How layers are inserted. ``auto``: ``zero_out`` for pre-norm, ``gate`` for post-LN; ``elle`` duplicates."""
-    moments: Literal["auto", "scaled", "reset"] = "auto"
-    """Adam's moments: mapped with the weights, or dropped. ``auto``: reset for ``elle``, scaled otherwise."""
+    width: str = "auto"
+    """How embed, heads and MLP units are mapped. ``auto`` takes what is exact for the family and the sizes. Exact:
+    ``replicate``, ``weighted``, ``iso``, ``lemon``, ``zero_pad``, ``blockdiag``. Not exact, and accepted by their name:
+    ``sparkling`` (exact for whole multiples), ``aki``, ``elle`` (the paper's random maps and copy noise)."""
+    depth: str = "auto"
+    """How layers are added. ``auto``: ``zero_out`` for pre-norm, ``gate`` for post-LN. Also for post-LN:
+    ``affine_migrate``. Not exact, and accepted by their name: ``stack``, ``interleave``, ``solar``, ``elle``."""
+    moments: Literal["auto", "scaled", "asym_reset", "reset"] = "auto"
+    """Adam's moments: mapped with the weights, mapped for originals and zero for copies, or dropped. ``auto``: what the
+    strategies go with, ``scaled`` for all exact ones."""
+    rate: Literal["auto", "keep", "mup", "rewarm", "asym_rewarm"] = "auto"
+    """Learning rates after growth. ``mup``: each entry's rate and epsilon scaled so that training goes on as that of
+    the smaller model would; ``rewarm``: all rates rise from 0; ``asym_rewarm``: those of copies rise from 0 to 1.3
+    times the rate. ``auto``: ``asym_rewarm`` for ``sparkling``, ``keep`` otherwise."""
+    rewarm_steps: Positive = 250
+    """Steps over which rates rise under ``rewarm`` and ``asym_rewarm``."""
+    freeze_old: NonNegative = 0
+    """Steps after a growth in which only what was added learns."""
     noise_db: Annotated[float, Field(ge=-20, le=120)] | None = 20.0
     """Signal-to-noise ratio of the zero-sum noise that separates copies; ``null`` for none."""
+    anneal: NonNegative = 0
+    """Steps over which weighted norm statistics become uniform again after a growth; 0 for never."""
 
 
 class OptimConfig(Section):

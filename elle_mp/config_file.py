@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from elle_mp.config import Config, ParallelConfig, grown, nearest_divisors, nearest_multiples
+from elle_mp.config import Config, GrowConfig, ModelConfig, ParallelConfig, grown, nearest_divisors, nearest_multiples
 from elle_mp.errors import UserError, existing_file
 
 Location = tuple[Any, ...]
@@ -58,6 +58,24 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
     """The configuration given as a plain tree (a saved ``config.yaml``, a test), checked whole."""
     return _validated(tree, lambda location: source)
+
+
+def overridden_config(config: Config, overrides: Sequence[str]) -> Config:
+    """A configuration with ``key=value`` overrides applied, checked whole.
+
+    Raises:
+        UserError: an override is wrong.
+    """
+    tree = config.model_dump(mode="json", by_alias=True)
+    overridden: dict[Location, str] = {}
+    for item in overrides:
+        _override(tree, item, overridden)
+
+    def where(location: Location) -> str:
+        ends = range(len(location), 0, -1)
+        return next((f"override {overridden[location[:end]]}" for end in ends if location[:end] in overridden), "run")
+
+    return _validated(tree, where)
 
 
 def _validated(tree: dict[str, Any], where: typing.Callable[[Location], str]) -> Config:
@@ -184,7 +202,7 @@ def _check_stages(config: Config, where: typing.Callable[[Location], str]) -> No
             except ValidationError as error:
                 raise UserError(_first_error(error, (*place, part), where)) from None
         if stage.grow is not None:
-            model = _checked_growth(model, stage.grow, where, (*place, "grow"))
+            model = checked_growth(model, stage.grow, where, (*place, "grow"))
     if config.stream[0].recover.steps:
         raise UserError(
             f"{where(('stream', 0, 'recover'))}: stream.0.recover: the first domain has no memory to recover on"
@@ -207,7 +225,18 @@ def _check_vocabulary(config: Config, where: typing.Callable[[Location], str]) -
             )
 
 
-def _checked_growth(model: Any, grow: Any, where: typing.Callable[[Location], str], place: Location) -> Any:
+def checked_growth(
+    model: ModelConfig, grow: GrowConfig, where: typing.Callable[[Location], str], place: Location
+) -> ModelConfig:
+    """The sizes after a growth.
+
+    Args:
+        where: names the file and line of a key, for the message.
+        place: of ``grow`` in the configuration.
+
+    Raises:
+        UserError: sizes that do not fit each other, or that shrink.
+    """
     dotted = ".".join(str(part) for part in place)
     try:
         new = grown(model, grow)

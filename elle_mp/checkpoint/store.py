@@ -191,6 +191,17 @@ class CheckpointStore:
         """
         return read_manifest(self._folder(name)).meta
 
+    def set_meta(self, name: str, meta: Mapping[str, Any]) -> None:
+        """Replaces what :meth:`save` was given as ``meta``, whole or not at all; the tensors stay. Not collective.
+
+        Raises:
+            UserError: there is no such checkpoint, or it cannot be written.
+        """
+        path = self._folder(name) / META
+        read_manifest(path.parent)
+        content = json.loads(path.read_text()) | {"meta": dict(meta)}
+        write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
     def verify(self, name: str) -> None:
         """Reads every file and compares its hash with the one taken when it was written.
 

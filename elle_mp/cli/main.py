@@ -12,6 +12,7 @@ from elle_mp import __version__
 from elle_mp.cli import data
 from elle_mp.cli.doctor import doctor
 from elle_mp.cli.evaluate import evaluate
+from elle_mp.cli.grow import grow
 from elle_mp.cli.pretrain import pretrain
 from elle_mp.errors import UserError
 
@@ -48,6 +49,7 @@ def options(
 
 
 app.command()(pretrain)
+app.command()(grow)
 app.command()(evaluate)
 app.add_typer(data.app, name="data")
 app.command()(doctor)

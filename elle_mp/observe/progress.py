@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as RichProgress
 
 LOG_SECONDS = 10.0
@@ -93,3 +100,28 @@ class NullProgress:
 
     def update(self, done: int, loss: float, speed: float) -> None:
         """Shows nothing."""
+
+
+@contextmanager
+def byte_progress(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows how many of ``total`` bytes are done: a bar in a terminal, a line every few seconds in a log.
+
+    Yields:
+        A function that takes the bytes done since its last call.
+    """
+    if console.file.isatty() and not console.is_dumb_terminal:
+        columns = (BarColumn(bar_width=20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(compact=True))
+        with RichProgress(TextColumn("{task.description}"), *columns, console=console, transient=True) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    done, said = 0, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, said
+        done += count
+        if time.monotonic() - said >= LOG_SECONDS:
+            said = time.monotonic()
+            console.print(f"{label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB", markup=False)
+
+    yield advance

@@ -61,8 +61,8 @@ def growth_table(results: Mapping[str, Any]) -> RenderableType:
             *(f"{growth['from'][key]}->{growth['to'][key]}" for key in ("layers", "heads", "embed")),
             "\n".join(dict.fromkeys((growth["width"], growth["depth"]))),
             Text("yes", "green") if growth["exact"] else Text("no", "yellow"),
-            f"{growth['max_logit_diff']:.1e}",
-            f"{growth['max_logit_diff_rel']:.1e}",
+            _small(growth["max_logit_diff"]),
+            _small(growth["max_logit_diff_rel"]),
             f"{growth['seconds']:.2f}",
             _bytes(growth["bytes_communicated"]),
         )
@@ -78,6 +78,39 @@ def growth_table(results: Mapping[str, Any]) -> RenderableType:
         effects.add_section()
     inexact = [Text(f"{domain}: not exact: {growth['reason']}") for domain, growth in growths if not growth["exact"]]
     return Group(changes, *inexact, effects)
+
+
+def plan_table(record: Mapping[str, Any], layout: Mapping[str, int], received: int) -> RenderableType:
+    """What a growth would do, from its record: sizes, parameters, FLOPs, strategies, verdict, bytes to move.
+
+    Args:
+        layout: sizes of the mesh axes that the bytes are for.
+        received: bytes that each rank would receive.
+    """
+    table = _table("Growth: the plan", ["what"])
+    for name in ("from", "to", "factor"):
+        table.add_column(name, justify="right", no_wrap=True)
+    names = {
+        "embed": "width",
+        "positions": "seq_len",
+        "vocab_size": "vocab",
+        "flops_per_token": "training FLOPs per token",
+    }
+    for key, before in record["from"].items():
+        after = record["to"][key]
+        counted = key in ("params", "flops_per_token")
+        shown = [_count(value) if counted else str(value) for value in (before, after)]
+        table.add_row(names.get(key, key), *shown, f"{after / before:.3g}" if after != before else "")
+    noise = "none" if record["noise_db"] is None else f"{record['noise_db']:g} dB"
+    added = ", ".join(str(layer) for layer in record["inserted"]) or "none"
+    place = " ".join(f"{axis}={size}" for axis, size in layout.items())
+    lines = [
+        f"width {record['width']}, depth {record['depth']} (added layers: {added}), noise {noise}, "
+        f"moments {record['moments']}, rate {record['rate']}",
+        f"a live growth under {place}: each rank receives {_bytes(received)}",
+    ]
+    verdict = Text("exact", "green") if record["exact"] else Text(f"not exact: {record['reason']}", "yellow")
+    return Group(table, *(Text(line) for line in lines), verdict)
 
 
 def evaluation_table(scores: Mapping[str, Any]) -> Table:
@@ -112,6 +145,11 @@ def _short(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.0e}" if value >= 99999.5 else f"{value:.{_decimals(value)}f}"
+
+
+def _small(value: float | None) -> str:
+    """A difference; one that was not measured has none."""
+    return "-" if value is None else f"{value:.1e}"
 
 
 def _change(value: float | None) -> str:

@@ -41,7 +41,7 @@ def evaluate(checkpoint: Path, data: list[str], json_file: Path | None) -> None:
     device = start_distributed()
     console = make_console(dist.get_rank() == 0)
     try:
-        config = _run_config(run_dir)
+        config = run_config(run_dir)
         store = CheckpointStore(run_dir / "checkpoints")
         meta = store.meta(name)
         state = RunState.from_json(meta["state"])
@@ -54,7 +54,9 @@ def evaluate(checkpoint: Path, data: list[str], json_file: Path | None) -> None:
             row = learned.index(domain) if domain in learned else max(last - (state.phase == "begin"), 0)
             if domain not in learned:
                 console.print(f"note: the run has no domain {domain!r}; read with the prompt of {learned[row]!r}")
-            ppl[domain] = _domain_perplexity(model, config, tokenizer, run_dir, domain, path, row)
+            ppl[domain] = domain_perplexity(
+                model, config, tokenizer, run_dir, domain, path, row, model.spec.text_length
+            )
         finished = state.finished_ppl
         scores = {
             "ppl": ppl,
@@ -91,7 +93,12 @@ def _pair(item: str) -> tuple[str, str]:
     return domain, path
 
 
-def _run_config(run_dir: Path) -> Config:
+def run_config(run_dir: Path) -> Config:
+    """The configuration that a run directory keeps.
+
+    Raises:
+        UserError: it is missing.
+    """
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         raise UserError(f"{saved} is missing: the run's configuration says how to read its checkpoint")
@@ -111,11 +118,19 @@ def _load_model(
     return model.eval()
 
 
-def _domain_perplexity(
-    model: Transformer, config: Config, tokenizer: Tokenizer, run_dir: Path, domain: str, path: str, row: int
+def domain_perplexity(
+    model: Transformer,
+    config: Config,
+    tokenizer: Tokenizer,
+    run_dir: Path,
+    domain: str,
+    path: str,
+    row: int,
+    length: int,
 ) -> float:
+    """Perplexity of the valid text of a domain, in samples of ``length`` text tokens, with the prompt ``row``."""
     data = on_first_rank_then_all(lambda: prepare_domain(domain, path, tokenizer, run_dir / "data"))
-    samples = DomainSamples(row, data.packed("valid", model.spec.text_length, objective_of(config)))
+    samples = DomainSamples(row, data.packed("valid", length, objective_of(config)))
     masking = valid_masking(
         objective_of(config), config.run.seed, tokenizer.vocab_size, tokenizer.mask_id, tokenizer.special_ids
     )

@@ -1,21 +1,26 @@
-"""One growth of the live model: plan, apply, and proof."""
+"""One growth of the live model: measured before, applied, and proved after."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from elle_mp.config import OptimConfig
 from elle_mp.data.batches import Batch
 from elle_mp.errors import UserError
 from elle_mp.growth.apply import Traffic, grow_on_shards
 from elle_mp.growth.plan import GrowthPlan
+from elle_mp.growth.rates import factors_of
 from elle_mp.models.build import Precision, checking_copy, empty_model
+from elle_mp.models.declarations import declarations
 from elle_mp.models.flops import parameter_count
 from elle_mp.models.transformer import Transformer
 from elle_mp.stream.evaluation import fixed_logits, largest_difference
+from elle_mp.stream.growth_record import plan_record
 from elle_mp.train.optimizer import ShardedAdamW
 
 LARGEST_RELATIVE_DIFFERENCE = 1e-3
@@ -25,68 +30,96 @@ Perplexities = Callable[[Transformer], dict[str, float]]
 
 
 @dataclass(frozen=True)
+class Before:
+    """What the smaller model computed.
+
+    Attributes:
+        logits: this rank's part of those of the probe, ``[B, T, V_local]``.
+        ppl: perplexity of every earlier domain.
+        params: of the whole model.
+    """
+
+    logits: Tensor
+    ppl: dict[str, float]
+    params: int
+
+
+@dataclass(frozen=True)
 class Grown:
-    """What a growth leaves: the larger model, its optimizer, and the record of it."""
+    """The larger model and its optimizer, and what making them took."""
 
     model: Transformer
     optimizer: ShardedAdamW
-    record: dict[str, Any]
+    traffic: Traffic
+    seconds: float
+
+
+def measure(model: Transformer, precision: Precision, probe: Batch, perplexities: Perplexities) -> Before:
+    """Logits on ``probe`` and perplexities, in the masters' precision."""
+    checker = checking_copy(model, precision)
+    return Before(fixed_logits(checker, probe), perplexities(checker), parameter_count(model))
+
+
+def optimizer_of(model: Transformer, optim: OptimConfig, lineage: Sequence[GrowthPlan]) -> ShardedAdamW:
+    """The optimizer of a model, with the rates that its growths have left."""
+    return ShardedAdamW(model, optim, factors_of(lineage, declarations) if lineage else None)
 
 
 def grow(
     plan: GrowthPlan,
+    lineage: Sequence[GrowthPlan],
     model: Transformer,
     optimizer: ShardedAdamW,
     optim: OptimConfig,
     precision: Precision,
     reshard: bool,
-) -> tuple[Transformer, ShardedAdamW, Traffic]:
-    """The larger model and its optimizer (with the next stage's settings), and what growing it sent."""
-    larger = empty_model(plan.new, model.grid, precision, reshard)
-    larger_optimizer = ShardedAdamW(larger, optim)
-    traffic = grow_on_shards(plan, model, larger, optimizer.moments, larger_optimizer.moments)
-    return larger, larger_optimizer, traffic
-
-
-def grow_and_prove(
-    plan: GrowthPlan,
-    model: Transformer,
-    optimizer: ShardedAdamW,
-    optim: OptimConfig,
-    precision: Precision,
-    reshard: bool,
-    probe: Batch,
-    perplexities: Perplexities,
 ) -> Grown:
-    """Grows, and compares logits on ``probe`` and perplexities before and after in the masters' precision.
+    """Applies a plan; the new optimizer has the next stage's settings.
+
+    Args:
+        lineage: every growth of the larger model; ``plan`` is its last one, unless it changes nothing.
+    """
+    began = time.perf_counter()
+    larger = empty_model(plan.new, model.grid, precision, reshard)
+    larger_optimizer = optimizer_of(larger, optim, lineage)
+    traffic = grow_on_shards(plan, model, larger, optimizer.moments, larger_optimizer.moments)
+    return Grown(larger, larger_optimizer, traffic, time.perf_counter() - began)
+
+
+def prove(
+    plan: GrowthPlan, before: Before, grown: Grown, precision: Precision, probe: Batch, perplexities: Perplexities
+) -> dict[str, Any]:
+    """The record of a growth: the plan, and logits and perplexities compared in the masters' precision.
+
+    By now the smaller model may be gone: old, new and a copy of the new weights need never be held together.
 
     Raises:
         UserError: the plan said that it is exact, and the logits differ.
     """
-    checker = checking_copy(model, precision)
-    logits, ppl_before = fixed_logits(checker, probe), perplexities(checker)
-    del checker
-    began = time.perf_counter()
-    larger, larger_optimizer, traffic = grow(plan, model, optimizer, optim, precision, reshard)
-    seconds = time.perf_counter() - began
-    checker = checking_copy(larger, precision)
-    absolute, relative = largest_difference(logits, fixed_logits(checker, probe), larger)
-    ppl_after = perplexities(checker)
-    if plan.exact and not relative < LARGEST_RELATIVE_DIFFERENCE:
-        raise UserError(
-            f"growth {plan.width}/{plan.depth} was planned exact but changed a logit by {absolute:.3g} "
-            f"({relative:.3g} of the largest); the checkpoint before it is intact: please report this"
-        )
-    record = plan.summary()
-    record["from"]["params"], record["to"]["params"] = parameter_count(model), parameter_count(larger)
-    record |= {
+    checker = checking_copy(grown.model, precision)
+    absolute, relative = largest_difference(before.logits, fixed_logits(checker, probe), grown.model)
+    record = plan_record(plan, before.params, parameter_count(grown.model)) | {
         "max_logit_diff": absolute,
         "max_logit_diff_rel": relative,
-        "ppl_before": ppl_before,
-        "ppl_after": ppl_after,
-        "ppl_recovered": None,
-        "seconds": seconds,
-        "bytes_communicated": traffic.received,
-        "recut": traffic.recut,
+        "ppl_before": before.ppl,
+        "ppl_after": perplexities(checker),
+        "seconds": grown.seconds,
+        "bytes_communicated": grown.traffic.received,
+        "recut": grown.traffic.recut,
     }
-    return Grown(larger, larger_optimizer, record)
+    check_proof(record)
+    return record
+
+
+def check_proof(record: Mapping[str, Any]) -> None:
+    """Stops when the measurement contradicts the plan.
+
+    Raises:
+        UserError: the plan said that it is exact, and the logits differ.
+    """
+    if record["exact"] and not record["max_logit_diff_rel"] < LARGEST_RELATIVE_DIFFERENCE:
+        raise UserError(
+            f"growth {record['width']}/{record['depth']} was planned exact but changed a logit by "
+            f"{record['max_logit_diff']:.3g} ({record['max_logit_diff_rel']:.3g} of the largest); "
+            "the checkpoint before it is intact: please report this"
+        )

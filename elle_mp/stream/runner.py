@@ -12,7 +12,8 @@ import torch
 from elle_mp.checkpoint.store import CheckpointStore
 from elle_mp.config import Config, OptimConfig
 from elle_mp.errors import UserError
-from elle_mp.growth.plan import make_plan
+from elle_mp.growth.factors import After
+from elle_mp.growth.plan import GrowthPlan, make_plan
 from elle_mp.models.build import Precision, checking_copy, empty_model
 from elle_mp.models.flops import parameter_count, training_flops_per_token
 from elle_mp.models.live import anneal_norms, open_vocabulary, settle_norms
@@ -24,11 +25,12 @@ from elle_mp.parallel.mesh import Grid, make_grid
 from elle_mp.parallel.sharding import initialise
 from elle_mp.stream.domains import RECOVER, TRAIN, Domains
 from elle_mp.stream.evaluation import perplexity
-from elle_mp.stream.growing import grow, grow_and_prove
+from elle_mp.stream.growing import grow, measure, optimizer_of, prove
 from elle_mp.stream.lifelong import average_increased_perplexity, average_perplexity
 from elle_mp.stream.run_directory import restore_results
 from elle_mp.stream.state import BEGIN, DONE, RunState
 from elle_mp.train.optimizer import ShardedAdamW
+from elle_mp.train.rates import after_growth, rewarm_factor
 from elle_mp.train.schedules import rate_factor
 from elle_mp.train.signals import StopRequest
 from elle_mp.train.trainer import StepResult, Trainer, check_finite, rows_of
@@ -102,7 +104,12 @@ class StreamRunner:
     def _make(self, spec: ModelSpec) -> None:
         parallel = self.config.stage_parallel(self.stage_of_layout)
         self.model: Transformer = empty_model(spec, self.grid, self.precision, parallel.reshard_after_forward)
-        self.optimizer = ShardedAdamW(self.model, self.config.stage_optim(self.stage_of_layout))
+        optim = self.config.stage_optim(self.stage_of_layout)
+        self.optimizer: ShardedAdamW = optimizer_of(self.model, optim, self._lineage())
+
+    def _lineage(self) -> list[GrowthPlan]:
+        """Every growth that the model has been through."""
+        return [GrowthPlan.from_json(plan) for plan in self.state.lineage]
 
     def _load(self, name: str, stage: int) -> None:
         """Builds the model of a checkpoint under the layout of ``stage`` and fills it."""
@@ -145,26 +152,26 @@ class StreamRunner:
         state.enter(RECOVER if config.stream[stage].recover.steps else TRAIN)
 
     def _grow(self, stage: int) -> None:
-        config = self.config
+        config, state = self.config, self.state
         plan = make_plan(self.model.spec, config.stage_model(stage), config.growth, config.run.seed)
         optim, reshard = config.stage_optim(stage), config.stage_parallel(stage).reshard_after_forward
         self.stage_of_layout = stage
-        if config.stream[stage].grow is None:
-            self.model, self.optimizer, _ = grow(plan, self.model, self.optimizer, optim, self.precision, reshard)
+        if config.stream[stage].grow is None or (plan.unchanged and state.growth is not None):
+            # Nothing to grow, or it was grown offline: the same tensors under the next stage's settings.
+            same = grow(plan, self._lineage(), self.model, self.optimizer, optim, self.precision, reshard)
+            self.model, self.optimizer = same.model, same.optimizer
             return
-        grown = grow_and_prove(
-            plan,
-            self.model,
-            self.optimizer,
-            optim,
-            self.precision,
-            reshard,
-            self.domains.probe(stage),
-            lambda model: self._perplexities(model, stage, stage - 1),
+        probe = self.domains.probe(stage)
+        before = measure(self.model, self.precision, probe, lambda model: self._perplexities(model, stage, stage - 1))
+        grown = grow(plan, [*self._lineage(), plan], self.model, self.optimizer, optim, self.precision, reshard)
+        # From here on the smaller model is gone: the proof needs memory of its own.
+        self.model, self.optimizer = grown.model, grown.optimizer
+        state.lineage = [*state.lineage, plan.to_json()]
+        state.growth_step = state.global_step
+        state.growth = prove(
+            plan, before, grown, self.precision, probe, lambda model: self._perplexities(model, stage, stage - 1)
         )
-        self.model, self.optimizer, self.state.growth = grown.model, grown.optimizer, grown.record
-        self.state.growth_step = self.state.global_step
-        self.journal.grew(config.stream[stage].domain, grown.record)
+        self.journal.grew(config.stream[stage].domain, state.growth)
 
     def _train_phase(self, stop: StopRequest) -> bool:
         """Trains to the end of the phase, or until asked to stop, which is what it returns."""
@@ -182,9 +189,10 @@ class StreamRunner:
         with self._progress(stage, phase, domain, steps):
             while state.step < steps:
                 began = time.perf_counter()
-                factor = self._rate_factor(stage, phase)
+                factor = self._rate_factor(stage, phase) * self._rewarm()
                 self._anneal()
-                result = trainer.step(builder.batch(state.step, first, last), factor, lambda: self._must_stop(stop))
+                rows = builder.batch(state.step, first, last)
+                result = trainer.step(rows, factor, lambda: self._must_stop(stop), self._after_growth())
                 check_finite(result, f"stage {stage} ({domain}, {phase}), step {state.step}")
                 state.step += 1
                 state.global_step += 1
@@ -202,6 +210,26 @@ class StreamRunner:
                 if result.stop:
                     return True
         return False
+
+    @property
+    def _since_growth(self) -> int | None:
+        """Steps done since the last growth; ``None`` without one."""
+        state = self.state
+        return None if state.growth_step is None else state.global_step - state.growth_step
+
+    @property
+    def _rate_strategy(self) -> str:
+        """``growth.rate`` of the last growth, ``auto`` resolved."""
+        return str(self.state.lineage[-1]["rate"]) if self.state.lineage else "keep"
+
+    def _rewarm(self) -> float:
+        """The factor of all rates after a growth."""
+        return rewarm_factor(self._rate_strategy, self._since_growth, self.config.growth.rewarm_steps)
+
+    def _after_growth(self) -> After:
+        """What distinguishes old entries from new ones in the next step."""
+        growth = self.config.growth
+        return after_growth(self._rate_strategy, growth.rewarm_steps, growth.freeze_old, self._since_growth)
 
     def _anneal(self) -> None:
         """Before each of the first ``growth.anneal`` steps after a growth, of whatever phase: norms on their way back

@@ -25,6 +25,7 @@ class RunState:
         stage_flops: training FLOPs of this stage.
         stage_seconds: wall time of this stage.
         growth: the record of this stage's growth.
+        lineage: every growth that the model has been through, as plans in plain values.
         growth_step: ``global_step`` at the last growth of the run; ``None`` when there was none.
         stages: records of finished stages, as in ``results.json``.
     """
@@ -40,6 +41,7 @@ class RunState:
     growth: dict[str, Any] | None = None
     stages: list[dict[str, Any]] = field(default_factory=list)
     growth_step: int | None = None
+    lineage: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint's metadata."""

@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 from elle_mp.data.batches import Batch
 from elle_mp.errors import UserError
+from elle_mp.growth.factors import After
 from elle_mp.models.transformer import IGNORED, Transformer
 from elle_mp.ops.dropout import DropoutKey
 from elle_mp.parallel.data_parallel import synchronise_gradients
 from elle_mp.parallel.mesh import Grid
-from elle_mp.train.optimizer import ShardedAdamW
+from elle_mp.train.optimizer import NO_GROWTH, ShardedAdamW
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,12 @@ class Trainer:
         self.micro = micro
         self.dropout_seed = dropout_seed
 
-    def step(self, batch: Batch, factor: float, stop: Callable[[], bool] = lambda: False) -> StepResult:
+    def step(
+        self, batch: Batch, factor: float, stop: Callable[[], bool] = lambda: False, after: After = NO_GROWTH
+    ) -> StepResult:
         """One update from this rank's rows of the global batch, at ``factor`` of the peak rate.
+
+        ``after`` says what distinguishes old entries from new ones.
 
         The loss is the sum over all targets of all ranks divided by their number, so uneven ranks and micro-batches
         weigh every target the same. ``stop`` is agreed on by all ranks, in the same collective as the number.
@@ -79,7 +84,7 @@ class Trainer:
             for axis in ("dp_replicate", "dp_shard"):
                 dist.all_reduce(total, group=grid.group(axis))
         mean = float(total) / max(targets, 1)
-        norm = self.optimizer.step(factor)
+        norm = self.optimizer.step(factor, after)
         return StepResult(mean, norm, targets, bool(stopping))
 
 

@@ -1,4 +1,4 @@
-"""Grown weights and moments are the same to the last bit under every layout, for the whole catalogue, noise included."""
+"""Grown weights and moments are the same to the last bit under every layout: all strategies, noise included."""
 
 from __future__ import annotations
 

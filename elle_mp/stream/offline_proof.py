@@ -1,0 +1,133 @@
+"""Proves an offline growth: logits on a fixed batch in fp64, and perplexities of finished domains, before and after."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from elle_mp.checkpoint.store import CheckpointStore
+from elle_mp.checkpoint.stream_reader import StoredTensors
+from elle_mp.config import Config
+from elle_mp.data.batches import Batch
+from elle_mp.data.sources import check_source
+from elle_mp.data.tokenizer import Tokenizer
+from elle_mp.errors import UserError
+from elle_mp.models.spec import ModelSpec
+from elle_mp.models.transformer import Transformer
+from elle_mp.observe.tables import growth_table
+from elle_mp.ops.random import words
+from elle_mp.parallel.agreement import on_first_rank
+from elle_mp.stream.evaluate_command import domain_perplexity
+from elle_mp.stream.evaluation import fixed_logits, largest_difference
+from elle_mp.stream.growing import check_proof
+from elle_mp.stream.state import RunState
+from elle_mp.stream.stored_model import stored_model
+
+ROWS, LONGEST = 4, 64
+DOUBLE = torch.float64
+
+
+def prove_offline(
+    config: Config,
+    run_dir: Path,
+    meta: Mapping[str, Any],
+    source: StoredTensors,
+    out: Path,
+    limit: int,
+    console: Console,
+) -> None:
+    """Runs both checkpoints, prints the comparison, and keeps it in the new checkpoint's growth record.
+
+    Layers are read one at a time, unless both models fit ``limit`` bytes; only then perplexities are measured.
+
+    Raises:
+        UserError: the plan said that it is exact, and the logits differ.
+    """
+    store = CheckpointStore(out / "checkpoints")
+    name = store.latest()
+    if name is None:
+        raise RuntimeError("the grown checkpoint is not there")
+    new_meta = store.meta(name)
+    state = RunState.from_json(new_meta["state"])
+    record = dict(state.growth or {})
+    old_spec, new_spec = ModelSpec.from_json(meta["model"]), ModelSpec.from_json(new_meta["model"])
+    batch = fixed_batch(old_spec, config.run.seed)
+    measures = _perplexities(config, run_dir, old_spec, state, console)
+    grown = StoredTensors(out / "checkpoints" / name)
+    resident = 2 * _weights_bytes(grown) < limit
+    if not resident and measures is not None:
+        console.print("note: the weights in fp64 do not fit --max-memory twice: logits are compared, perplexities not")
+        measures = None
+    before, ppl_before = _measure(old_spec, source, batch, resident, measures)
+    after, ppl_after = _measure(new_spec, grown, batch, resident, measures)
+    absolute, relative = largest_difference(before[0], after[0][..., : before[0].shape[-1]], after[1])
+    record |= {
+        "max_logit_diff": absolute,
+        "max_logit_diff_rel": relative,
+        "ppl_before": ppl_before,
+        "ppl_after": ppl_after,
+    }
+    try:
+        check_proof(record)
+    except UserError:
+        on_first_rank(lambda: shutil.rmtree(out / "checkpoints" / name))  # a wrong checkpoint must not be used
+        raise
+    state.growth = record
+    on_first_rank(lambda: store.set_meta(name, new_meta | {"state": state.to_json()}))
+    console.print(growth_table({"stages": [{"domain": name, "growth": record}]}))
+
+
+def fixed_batch(spec: ModelSpec, seed: int) -> Batch:
+    """A few sequences of seeded random ids, one for each domain in turn: what every checkpoint can be run on."""
+    length = min(spec.text_length, LONGEST)
+    drawn = words(seed, "growth/proof", 0, ROWS * length) % spec.softmax_vocab
+    tokens = torch.from_numpy(drawn.astype("int64")).view(ROWS, length)
+    return Batch(tokens, tokens, torch.arange(ROWS) % max(spec.domains, 1), torch.arange(ROWS))
+
+
+def _measure(
+    spec: ModelSpec,
+    tensors: StoredTensors,
+    batch: Batch,
+    resident: bool,
+    measures: Callable[[Transformer], dict[str, float]] | None,
+) -> tuple[tuple[torch.Tensor, Transformer], dict[str, float]]:
+    model = stored_model(spec, tensors, DOUBLE, resident)
+    return (fixed_logits(model, batch), model), measures(model) if measures is not None else {}
+
+
+def _perplexities(
+    config: Config, run_dir: Path, spec: ModelSpec, state: RunState, console: Console
+) -> Callable[[Transformer], dict[str, float]] | None:
+    """Perplexity of each finished domain, on the text of the run at the old model's length, where it can be read."""
+    finished = len(state.stages)
+    if not finished or not (run_dir / "tokenizer").is_dir():
+        return None
+    tokenizer = Tokenizer.load(run_dir / "tokenizer")
+    length = spec.text_length
+
+    def measure(model: Transformer) -> dict[str, float]:
+        out = {}
+        for index in range(finished):
+            domain, data = config.stream[index].domain, config.stage_data(index)
+            out[domain] = domain_perplexity(model, config, tokenizer, run_dir, domain, data, index, length)
+        return out
+
+    try:
+        for index in range(finished):
+            check_source(config.stage_data(index))
+    except UserError as error:
+        console.print(f"note: no perplexities: {error}")
+        return None
+    return measure
+
+
+def _weights_bytes(tensors: StoredTensors) -> int:
+    """Bytes of the weights in fp64."""
+    return sum(prod(shape) * 8 for name, (shape, _) in tensors.tensors.items() if name.startswith("model."))

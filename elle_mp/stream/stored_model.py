@@ -1,0 +1,70 @@
+"""Runs the model of a stored checkpoint, in more memory than its largest layer but not than the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from elle_mp.checkpoint.stream_reader import StoredTensors
+from elle_mp.models.declarations import hollow_model
+from elle_mp.models.spec import ModelSpec
+from elle_mp.models.transformer import Transformer
+from elle_mp.parallel.sharding import ShardedModule
+
+PREFIX = "model."
+
+
+def stored_model(spec: ModelSpec, tensors: StoredTensors, dtype: torch.dtype, resident: bool) -> Transformer:
+    """A model for forward passes on this rank, its weights read from a checkpoint.
+
+    Args:
+        dtype: weights and computation; fp64 is the most that a CPU offers.
+        resident: keep the layers once they are read. Otherwise each is read when it is run and dropped after it.
+    """
+    model = hollow_model(spec, dtype)
+    for prefix, module in _modules(model, ""):
+        if not prefix.startswith("layers."):
+            _fill(module, prefix, tensors, dtype)
+    if spec.weighted_norms:
+        model.norm_stats = tensors.read(f"{PREFIX}norm_stats", ((0, spec.embed),))
+    for index, block in model.layers.items():
+        _run_from_file(block, f"layers.{index}", tensors, dtype, resident)
+    return model.eval()
+
+
+def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, ShardedModule]]:
+    for name, part in module.named_modules(prefix=prefix):
+        if isinstance(part, ShardedModule):
+            yield name, part
+
+
+def _fill(module: ShardedModule, prefix: str, tensors: StoredTensors, dtype: torch.dtype) -> None:
+    """Gives a module's own parameters their values, as plain tensors."""
+    for name, spec in module.specs.items():
+        bounds = tuple((0, size) for size in spec.shape(module.sizes))
+        full = f"{PREFIX}{prefix}.{name}" if prefix else f"{PREFIX}{name}"
+        values = tensors.read(full, bounds).to(dtype)
+        module.register_parameter(name, nn.Parameter(values, requires_grad=False))
+
+
+def _empty(block: nn.Module) -> None:
+    for _, part in _modules(block, ""):
+        for name in part.specs:
+            part.register_parameter(name, nn.Parameter(torch.empty(0, device="meta"), requires_grad=False))
+
+
+def _run_from_file(block: nn.Module, prefix: str, tensors: StoredTensors, dtype: torch.dtype, resident: bool) -> None:
+    def read(module: nn.Module, inputs: Any) -> None:
+        if next(module.parameters()).is_meta:
+            for name, part in _modules(module, prefix):
+                _fill(part, name, tensors, dtype)
+
+    def drop(module: nn.Module, inputs: Any, output: Any) -> None:
+        _empty(module)
+
+    block.register_forward_pre_hook(read)
+    if not resident:
+        block.register_forward_hook(drop)
