@@ -6,6 +6,7 @@ namespace elle_mp {
 void register_activations(pybind11::module_& m);
 void register_data(pybind11::module_& m);
 void register_dropout(pybind11::module_& m);
+void register_expand(pybind11::module_& m);
 void register_softmax(pybind11::module_& m);
 }  // namespace elle_mp
 
@@ -14,5 +15,6 @@ PYBIND11_MODULE(_helpers, m) {
     elle_mp::register_activations(m);
     elle_mp::register_data(m);
     elle_mp::register_dropout(m);
+    elle_mp::register_expand(m);
     elle_mp::register_softmax(m);
 }

@@ -90,13 +90,14 @@ def expand(
         return
     native.expand(
         as_array(source),
-        as_array(rows),
-        as_array(cols),
-        None if row_scale is None else as_array(row_scale),
-        None if col_scale is None else as_array(col_scale),
+        as_array(rows.contiguous()),
+        as_array(cols.contiguous()),
+        None if row_scale is None else as_array(row_scale.contiguous()),
+        None if col_scale is None else as_array(col_scale.contiguous()),
         as_array(out),
-        None if noise is None else as_array(noise.groups),
+        None if noise is None else as_array(noise.groups.contiguous()),
         *((0, 0.0, 0, 0) if noise is None else (noise.key, noise.strength, noise.first_row, noise.first_col)),
+        BYTES_STD,
         torch.get_num_threads(),
     )
 

@@ -1,0 +1,274 @@
+// Growth of one matrix in one pass. elle_mp/ops/expand.py is the PyTorch twin, equal bit for bit.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "parallel.h"
+#include "simd.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own AVX-512 header triggers it (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+namespace py = pybind11;
+
+namespace elle_mp {
+namespace {
+
+typedef uint64_t U64 __attribute__((vector_size(64)));
+
+template <typename T>
+constexpr int kLanesOf = 64 / sizeof(T);
+
+template <typename T, int kWide>
+struct VectorOf {
+    typedef T Type __attribute__((vector_size(sizeof(T) * kWide)));
+};
+
+template <typename T, int kWide = kLanesOf<T>>
+using Vector = typename VectorOf<T, kWide>::Type;
+
+template <typename T, int kWide = kLanesOf<T>>
+ELLE_INLINE Vector<T, kWide> Load(const T* p) {
+    Vector<T, kWide> x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+// Indices of the elements that make a row, padded to whole vectors.
+struct Gather {
+    std::vector<int64_t> index;
+    std::vector<int64_t> base;    // of each vector: start of two vectors that hold all its elements, or -1
+    std::vector<uint8_t> offset;  // index - base, where there is a base
+};
+
+// Copies of one unit up to which a column is compared with each of its partners.
+constexpr int64_t kFewCopies = 8;
+constexpr int64_t kMostCopies = 1 << 20;
+// Written size from which the caches are of no use to what is written.
+constexpr int64_t kStreamBytes = 8 << 20;
+// Entries below which a second thread costs more than it saves.
+constexpr int64_t kSerialEntries = 1 << 14;
+
+template <typename T>
+struct Job {
+    const T* source;
+    T* out;
+    int64_t source_stride, out_stride;
+    const int64_t* rows;
+    const double* row_scale;  // null for ones
+    const double* col_scale;  // null for ones
+    int64_t width;
+    Gather columns;
+    bool scaled, contiguous, stream, noise;
+    // Noise: bytes are summed from column 4 * counter on; column 0 of the block is `shift` later.
+    uint64_t key;
+    int64_t first_row;
+    uint32_t counter;
+    int64_t shift, sums;
+    std::vector<T> factor;
+    std::vector<Gather> partners;  // few copies: the next copy, the one after that, ...
+    std::vector<int64_t> unit;     // many copies: the unit of each column,
+    std::vector<int32_t> copies;   // and the number of its copies
+};
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define ELLE_EXPAND_LEVELS
+namespace v4 {
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#define ELLE_LEVEL 4
+#include "expand_rows.h"
+#undef ELLE_LEVEL
+#pragma GCC pop_options
+}  // namespace v4
+namespace v3 {
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#define ELLE_LEVEL 3
+#include "expand_rows.h"
+#undef ELLE_LEVEL
+#pragma GCC pop_options
+}  // namespace v3
+#endif
+namespace base {
+#define ELLE_LEVEL 1
+#include "expand_rows.h"
+#undef ELLE_LEVEL
+}  // namespace base
+
+template <typename T>
+void Rows(const Job<T>& job, int64_t begin, int64_t end) {
+#if defined(ELLE_EXPAND_LEVELS)
+    if (__builtin_cpu_supports("x86-64-v4")) return v4::ExpandRows(job, begin, end);
+    if (__builtin_cpu_supports("x86-64-v3")) return v3::ExpandRows(job, begin, end);
+#endif
+    base::ExpandRows(job, begin, end);
+}
+
+// `size` elements may be read; `wide` of them make a vector.
+void MakeGather(Gather& map, const int64_t* index, int64_t count, int wide, int64_t size) {
+    const int64_t vectors = (count + wide - 1) / wide;
+    map.index.assign(index, index + count);
+    map.index.resize(vectors * wide, index[count - 1]);
+    map.base.assign(vectors, -1);
+    map.offset.resize(vectors * wide);
+    if (size < 2 * wide) return;
+    for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t* first = map.index.data() + v * wide;
+        int64_t least = first[0], most = first[0];
+        for (int i = 1; i < wide; ++i) {
+            least = std::min(least, first[i]);
+            most = std::max(most, first[i]);
+        }
+        const int64_t base = std::min(least, size - 2 * wide);
+        if (most - base >= 2 * wide) continue;
+        map.base[v] = base;
+        for (int i = 0; i < wide; ++i) map.offset[v * wide + i] = static_cast<uint8_t>(first[i] - base);
+    }
+}
+
+void CheckIndices(const int64_t* index, int64_t count, int64_t size) {
+    bool bad = false;
+    for (int64_t i = 0; i < count; ++i) bad |= static_cast<uint64_t>(index[i]) >= static_cast<uint64_t>(size);
+    if (bad) throw std::invalid_argument("expand wants indices from 0 to " + std::to_string(size - 1));
+}
+
+template <typename T>
+void PlanNoise(Job<T>& job, const int64_t* groups, double strength, int64_t first_col, double std) {
+    const int64_t width = job.width;
+    const int64_t padded = static_cast<int64_t>(job.columns.index.size());
+    job.noise = true;
+    job.counter = static_cast<uint32_t>(first_col / 4);
+    job.shift = first_col % 4;
+    job.sums = std::max<int64_t>(32, (job.shift + padded + 31) / 32 * 32);
+    std::vector<int64_t> order(width), starts;
+    std::iota(order.begin(), order.end(), 0);
+    if (!std::is_sorted(groups, groups + width))
+        std::stable_sort(order.begin(), order.end(),
+                         [groups](int64_t a, int64_t b) { return groups[a] < groups[b]; });
+    for (int64_t t = 0; t < width; ++t)
+        if (t == 0 || groups[order[t]] != groups[order[t - 1]]) starts.push_back(t);
+    starts.push_back(width);
+    int64_t most = 1;
+    for (std::size_t g = 0; g + 1 < starts.size(); ++g) most = std::max(most, starts[g + 1] - starts[g]);
+    if (most > kMostCopies)
+        throw std::invalid_argument("expand makes noise for at most " + std::to_string(kMostCopies) +
+                                    " copies of a unit, got " + std::to_string(most));
+    const bool few = most <= kFewCopies;
+    std::vector<std::vector<int64_t>> partners(few ? std::max<int64_t>(1, most - 1) : 0);
+    for (auto& partner : partners) partner.resize(width);
+    job.factor.assign(padded, T(0));
+    if (!few) job.unit.resize(width);
+    for (std::size_t g = 0; g + 1 < starts.size(); ++g) {
+        const int64_t begin = starts[g], count = starts[g + 1] - begin;
+        if (!few) job.copies.push_back(static_cast<int32_t>(count));
+        for (int64_t t = 0; t < count; ++t) {
+            const int64_t j = order[begin + t];
+            job.factor[j] = static_cast<T>(strength / (static_cast<double>(count) * std));
+            if (!few) job.unit[j] = static_cast<int64_t>(g);
+            // A unit with fewer copies than the most is its own partner for the rest, which adds nothing.
+            for (std::size_t k = 0; k < partners.size(); ++k) {
+                const int64_t step = static_cast<int64_t>(k) + 1;
+                partners[k][j] = job.shift + (step < count ? order[begin + (t + step) % count] : j);
+            }
+        }
+    }
+    job.partners.resize(partners.size());
+    for (std::size_t k = 0; k < partners.size(); ++k)
+        MakeGather(job.partners[k], partners[k].data(), width, kLanesOf<T>, job.sums);
+}
+
+template <typename T>
+int64_t RowStride(const py::array_t<T>& x, const char* name) {
+    if (x.ndim() != 2 || (x.shape(1) > 1 && x.strides(1) != static_cast<py::ssize_t>(sizeof(T))) ||
+        x.strides(0) % static_cast<py::ssize_t>(sizeof(T)) != 0)
+        throw std::invalid_argument(std::string("expand wants two dimensions and contiguous columns of ") +
+                                    name);
+    return x.strides(0) / static_cast<py::ssize_t>(sizeof(T));
+}
+
+using Indices = py::array_t<int64_t, py::array::c_style>;
+using Scales = py::array_t<double, py::array::c_style>;
+
+const double* ScaleOrOnes(const py::object& scale, int64_t size) {
+    if (scale.is_none()) return nullptr;
+    if (!Scales::check_(scale)) throw std::invalid_argument("expand wants contiguous fp64 scales");
+    const auto array = py::reinterpret_borrow<Scales>(scale);
+    if (array.size() != size) throw std::invalid_argument("expand wants a scale for each row and column");
+    const double* data = array.data();
+    return std::all_of(data, data + size, [](double x) { return x == 1.0; }) ? nullptr : data;
+}
+
+template <typename T>
+void Expand(const py::array_t<T>& source, const Indices& rows, const Indices& cols,
+            const py::object& row_scale, const py::object& col_scale, py::array_t<T>& out,
+            const py::object& groups, uint64_t key, double strength, int64_t first_row, int64_t first_col,
+            double std, int threads) {
+    Job<T> job{};
+    const int64_t height = rows.size();
+    job.width = cols.size();
+    if (out.ndim() != 2 || out.shape(0) != height || out.shape(1) != job.width)
+        throw std::invalid_argument("expand wants an index for each row and column of out");
+    if (height == 0 || job.width == 0) return;
+    job.source_stride = RowStride(source, "source");
+    job.out_stride = RowStride(out, "out");
+    CheckIndices(rows.data(), height, source.shape(0));
+    CheckIndices(cols.data(), job.width, source.shape(1));
+    job.source = source.data();
+    job.out = out.mutable_data();
+    job.rows = rows.data();
+    job.row_scale = ScaleOrOnes(row_scale, height);
+    job.col_scale = ScaleOrOnes(col_scale, job.width);
+    job.scaled = job.row_scale != nullptr || job.col_scale != nullptr;
+    const int64_t* group = nullptr;
+    if (!groups.is_none()) {
+        if (!Indices::check_(groups) || py::reinterpret_borrow<Indices>(groups).size() != job.width)
+            throw std::invalid_argument("expand wants a group for each column");
+        group = py::reinterpret_borrow<Indices>(groups).data();
+    }
+    const py::gil_scoped_release release;
+    const int64_t entries = height * job.width;
+    MakeGather(job.columns, cols.data(), job.width, kLanesOf<T>, source.shape(1));
+    job.contiguous = true;
+    for (int64_t j = 1; j < job.width; ++j) job.contiguous &= cols.data()[j] == cols.data()[j - 1] + 1;
+    job.stream = entries * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+    job.key = key;
+    job.first_row = first_row;
+    if (group != nullptr) PlanNoise(job, group, strength, first_col, std);
+    ParallelFor(height, entries < kSerialEntries ? 1 : threads,
+                [&job](int64_t begin, int64_t end) { Rows(job, begin, end); });
+}
+
+template <typename T>
+void Register(py::module_& m) {
+    using py::arg;
+    m.def(
+        "expand", &Expand<T>, arg("source").noconvert(), arg("rows").noconvert(), arg("cols").noconvert(),
+        arg("row_scale"), arg("col_scale"), arg("out").noconvert(), arg("groups"), arg("key"),
+        arg("strength"), arg("first_row"), arg("first_col"), arg("std"), arg("threads"),
+        "Writes source[rows][:, cols], scaled and with zero-sum noise over columns of one group, into out.");
+}
+
+}  // namespace
+
+void register_expand(py::module_& m) {
+    Register<float>(m);
+    Register<double>(m);
+}
+
+}  // namespace elle_mp
