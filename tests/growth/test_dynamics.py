@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from elle_mp.growth.apply import Moments
+from elle_mp.config import ModelConfig, OptimConfig
+from elle_mp.growth.apply import grow_on_shards
+from elle_mp.growth.factors import After
 from elle_mp.growth.plan import GrowthPlan
+from elle_mp.growth.rates import factors_of
+from elle_mp.models.build import Precision, empty_model
+from elle_mp.models.declarations import declarations
 from elle_mp.models.transformer import Transformer
-from elle_mp.parallel.sharding import local_tensor
+from elle_mp.train.optimizer import ShardedAdamW
 from tests.growth.oracle import Growth
 from tests.tiny import (
     FAMILIES,
@@ -31,43 +36,89 @@ from tests.tiny import (
 )
 
 GROW = {"heads": 6, "mlp": 57}
-LR, BETAS, EPS, DECAY = 3e-3, (0.9, 0.98), 1e-8, 0.1
-
-Factors = Mapping[str, tuple[Tensor, Tensor]]
-
+# An epsilon so large that its factors matter, and no clipping: the norm of a grown gradient is another one.
+OPTIM = OptimConfig(lr=3e-3, eps=1e-5, weight_decay=0.1, clip=0)
+STEPS = 15
+LEARNS, RESTS = After(), After(new_factor=0.0)
 
 MODELS: dict[str, dict[str, Any]] = {
     "bert": {"family": "bert"},
     "gpt": {"family": "gpt"},
     "gpt untied": {"family": "gpt", "tied": False},
-    "llama GQA": {"family": "llama", "kv_groups": 2},
+    "llama": {"family": "llama", "kv_groups": None},
     "llama tied": {"family": "llama", "kv_groups": None, "tied": True},
+    "llama GQA": {"family": "llama", "kv_groups": 2},
+}
+
+FOLLOWED: dict[str, list[dict[str, int]]] = {
+    "uneven": [{"heads": 6, "mlp": 57}],
+    "whole multiples": [{"heads": 8, "mlp": 120}],
+    "twice": [{"heads": 6, "mlp": 57}, {"heads": 10, "mlp": 80}],
+    "twice, whole multiples": [{"heads": 8, "mlp": 80}, {"heads": 16, "mlp": 160}],
+}
+GROUPED: dict[str, list[dict[str, int]]] = {
+    "uneven": [{"heads": 9, "kv_groups": 3, "mlp": 57}],
+    "whole multiples": [{"heads": 8, "kv_groups": 4, "mlp": 120}],
+    "twice": [{"heads": 6, "kv_groups": 3, "mlp": 57}, {"heads": 20, "kv_groups": 5, "mlp": 80}],
+    "twice, whole multiples": [{"heads": 8, "kv_groups": 4, "mlp": 80}, {"heads": 16, "kv_groups": 4, "mlp": 160}],
 }
 
 
-def oracle_of(plan: GrowthPlan) -> Growth:
-    return Growth(plan.old, plan.new, iso=plan.width == "iso")
+@dataclass
+class Training:
+    """A model under AdamW, and the growths that it has been through."""
+
+    model: Transformer
+    optimizer: ShardedAdamW
+    sizes: ModelConfig
+    lineage: tuple[GrowthPlan, ...] = ()
+
+    def train(self, first: int, last: int, after: After = LEARNS) -> list[float]:
+        """The losses of steps ``[first, last)``, each on text of its own."""
+        losses = []
+        for step in range(first, last):
+            tokens, domain, targets = text(4, seed=500 + step)
+            loss = self.model(tokens, domain, targets) / targets.numel()
+            loss.backward()
+            self.optimizer.step(1.0, after)
+            losses.append(float(loss.detach()))
+        return losses
+
+    def grown(self, grow: dict[str, int], **growth: Any) -> Training:
+        """The larger model; its optimizer has the rates of all its growths. This one stays as it is."""
+        plan, sizes = plan_of(self.model.spec, self.sizes, grow, **{"noise_db": None, "rate": "mup"} | growth)
+        assert plan.exact
+        larger = empty_model(plan.new, self.model.grid, Precision(torch.float64, torch.float64))
+        lineage = (*self.lineage, plan)
+        optimizer = ShardedAdamW(larger, OPTIM, factors_of(lineage, declarations))
+        grow_on_shards(plan, self.model, larger, self.optimizer.moments, optimizer.moments)
+        return Training(larger, optimizer, sizes, lineage)
 
 
-def adamw(model: Transformer, state: dict[str, Moments], steps: int, factors: Factors | None = None) -> list[float]:
-    """AdamW with ``lr' = s lr``, ``eps' = r eps``, ``wd' = wd / s`` for every entry; returns the losses."""
-    losses = []
-    for step in range(steps):
-        tokens, domain, targets = text(4, seed=500 + step)
-        loss = model(tokens, domain, targets) / targets.numel()
-        loss.backward()
-        losses.append(float(loss.detach()))
-        for name, parameter in model.named_parameters():
-            s, r = (torch.ones(()), torch.ones(())) if factors is None else factors[name]
-            grad, value, moments = local_tensor(parameter.grad), local_tensor(parameter).detach(), state[name]
-            moments.step += 1
-            moments.first.lerp_(grad, 1 - BETAS[0])
-            moments.second.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
-            first = moments.first / (1 - BETAS[0] ** float(moments.step))
-            second = moments.second / (1 - BETAS[1] ** float(moments.step))
-            value.mul_(1 - LR * DECAY).sub_(LR * s * first / (second.sqrt() + EPS * r))
-            parameter.grad = None
-    return losses
+def small(name: str, **changes: Any) -> Training:
+    """A model after a few steps: its moments are real."""
+    sizes = MODELS[name] | changes
+    model = model_of(spec_of(**sizes), grid())
+    out = Training(model, ShardedAdamW(model, OPTIM), config_of(**sizes).model)
+    out.train(-6, 0)
+    return out
+
+
+def apart(one: Sequence[float], other: Sequence[float]) -> float:
+    """The largest difference of two runs' losses."""
+    assert len(one) == len(other) and max(one) > 1
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def check_weights(larger: Training, wanted: Training) -> None:
+    """Every weight and moment of one model against another's."""
+    for name, value in weights(wanted.model).items():
+        assert (weights(larger.model)[name] - value).abs().max() < 1e-8, name
+    for name, state in wanted.optimizer.moments.items():
+        got = larger.optimizer.moments[name]
+        assert float(got.step) == float(state.step), name
+        for ours, theirs in ((got.first, state.first), (got.second, state.second)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("model_name", MODELS)
@@ -82,32 +133,66 @@ def test_gradients_of_copies_are_r_times_the_source_s(model_name: str, grow: dic
     tokens, domain, targets = text(4)
     for model in (old, new):
         model(tokens, domain, targets).backward()
-    oracle, before, after = oracle_of(plan), gradients(old), gradients(new)
+    oracle, before, after = Growth(plan.old, plan.new, plan.width == "iso"), gradients(old), gradients(new)
     for name, gradient in after.items():
         wanted = oracle.gradient(name, before[name])
         assert (gradient - wanted).abs().max() < 1e-10 * max(1.0, float(wanted.abs().max())), name
 
 
-@pytest.mark.parametrize("model_name", MODELS)
-def test_fifteen_adamw_steps_commute_with_growth(model_name: str) -> None:
-    """Growing and then stepping is stepping and then growing; with the moments dropped it is not."""
-    old = model_of(spec_of(**MODELS[model_name]), grid())
-    optimizer = optimizer_of(old)
-    train(old, optimizer, 6)
-    plan, _ = plan_of(old.spec, config_of(**MODELS[model_name]).model, GROW, noise_db=None)
-    oracle = oracle_of(plan)
-    new, new_optimizer, _ = apply(plan, old, optimizer.moments)
-    reset, reset_optimizer, _ = apply(plan, old, optimizer.moments)
-    reset_optimizer.reset()
-    factors = {name: oracle.factors(name) for name, _ in new.named_parameters()}
-    wanted = adamw(old, copy.deepcopy(optimizer.moments), 15)
-    got = adamw(new, new_optimizer.moments, 15, factors)
-    without = adamw(reset, reset_optimizer.moments, 15, factors)
-    assert max(abs(a - b) for a, b in zip(wanted, got, strict=True)) < 1e-8
-    assert max(abs(a - b) for a, b in zip(wanted, without, strict=True)) > 1e-4
-    small, large = weights(old), weights(new)
-    for name, value in large.items():
-        assert (value - oracle.weight(name, small[name])).abs().max() < 1e-8, name
+@pytest.mark.parametrize("how", FOLLOWED)
+@pytest.mark.parametrize("name", MODELS)
+def test_training_follows_the_model_that_did_not_grow(name: str, how: str) -> None:
+    """Growing and then stepping is stepping and then growing, through as many growths as there are.
+
+    A second growth comes in the middle: rates of both multiply, and its moments have seen steps at the first one's.
+    """
+    old = small(name)
+    growths = (GROUPED if MODELS[name].get("kv_groups") else FOLLOWED)[how]
+    after = old
+    got: list[float] = []
+    for index, grow in enumerate(growths):
+        after = after.grown(grow)
+        got += after.train(len(got), STEPS if index == len(growths) - 1 else 5)
+    wanted = old.train(0, STEPS)
+    assert apart(wanted, got) < 1e-8
+    for grow in growths:
+        old = old.grown(grow)
+    check_weights(after, old)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_moments_or_rates_training_goes_elsewhere(name: str) -> None:
+    """What each of the two does: without it the losses part."""
+    old = small(name)
+    grow = GROUPED["uneven"][0] if MODELS[name].get("kv_groups") else GROW
+    losses = {
+        (moments, rate): old.grown(grow, moments=moments, rate=rate).train(0, STEPS)
+        for moments, rate in (("scaled", "mup"), ("reset", "mup"), ("asym_reset", "mup"), ("scaled", "keep"))
+    }
+    wanted = old.train(0, STEPS)
+    assert apart(wanted, losses.pop(("scaled", "mup"))) < 1e-8
+    for choice, got in losses.items():
+        assert got[0] == pytest.approx(wanted[0], abs=1e-12)
+        assert apart(wanted, got) > 1e-4, choice
+
+
+ADDED: dict[str, dict[str, int]] = {
+    "longer heads": {"head_dim": 12},
+    "layers": {"layers": 3},
+    "longer context, more ids": {"seq_len": 20, "vocab": 400},
+}
+
+
+@pytest.mark.parametrize("what", ADDED)
+@pytest.mark.parametrize("name", ["bert", "gpt", "llama GQA"])
+def test_beside_what_is_added_the_old_goes_on_as_it_would(name: str, what: str) -> None:
+    """New channels, layers, positions and ids learn by themselves; while they rest, the old entries' steps commute."""
+    old = small(name, width=32)
+    after, learning = old.grown(ADDED[what]), old.grown(ADDED[what])
+    wanted = old.train(0, STEPS)
+    assert apart(wanted, after.train(0, STEPS, RESTS)) < 1e-8
+    if what in ("longer heads", "layers"):
+        assert apart(wanted, learning.train(0, STEPS)) > 1e-4
 
 
 def test_step_counts_go_on_where_moments_do_and_restart_in_new_layers() -> None:
@@ -126,33 +211,69 @@ def test_step_counts_go_on_where_moments_do_and_restart_in_new_layers() -> None:
     assert not any(bool(state.step) or bool(state.first.any()) for state in dropped.moments.values())
 
 
-def copies_apart(family: str, grow: dict[str, int], noise_db: float | None, steps: int) -> tuple[float, float]:
+def copies_apart(family: str, grow: dict[str, int], steps: int, **growth: Any) -> tuple[float, float]:
     """Largest relative distances of the two copies of an MLP unit and of a head after growth and some real steps."""
-    old = model_of(spec_of(family, **({"kv_groups": 4} if family == "llama" else {})), grid())
+    sizes = {"kv_groups": 4} if family == "llama" else {}
+    old = model_of(spec_of(family, **sizes), grid())
     optimizer = optimizer_of(old)
     train(old, optimizer, 3)
-    sizes = config_of(family, **({"kv_groups": 4} if family == "llama" else {})).model
-    plan, _ = plan_of(old.spec, sizes, grow, noise_db=noise_db)
+    plan, _ = plan_of(old.spec, config_of(family, **sizes).model, grow, **growth)
     new, grown, _ = apply(plan, old, optimizer.moments)
     train(new, grown, steps, seed=3)
     value = weights(new)
-    apart = []
+    distances = []
     for name, units in (("mlp.in_weight", plan.old.mlp), ("attention.qkv_weight", plan.old.kv_groups)):
-        rows = value[f"layers.0.{name}"]
-        pairs = rows.reshape(units, rows.shape[0] // (units * 2) * 2, -1).view(units, 2, -1)
-        apart.append(float(((pairs[:, 0] - pairs[:, 1]).norm(dim=-1) / pairs[:, 0].norm(dim=-1)).max()))
-    return apart[0], apart[1]
+        pairs = copies_of(value[f"layers.0.{name}"], units)
+        distances.append(float(((pairs[0] - pairs[1]).norm(dim=-1) / pairs[0].norm(dim=-1)).max()))
+    return distances[0], distances[1]
+
+
+def copies_of(rows: Tensor, units: int) -> Tensor:
+    """Both copies of every unit of a doubled axis, ``[2, units, entries]``."""
+    return rows.reshape(units, 2, -1).transpose(0, 1)
+
+
+def doubled(family: str) -> dict[str, int]:
+    return {"heads": 8, "mlp": 80} | ({"kv_groups": 8} if family == "llama" else {})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_copies_separate_with_noise_and_stay_locked_without(family: str) -> None:
-    both = {"heads": 8, "kv_groups": 8, "mlp": 80} if family == "llama" else {"heads": 8, "mlp": 80}
-    assert max(copies_apart(family, both, None, 10)) < 1e-9
-    assert min(copies_apart(family, both, 20.0, 10)) > 1e-3
+def test_copies_stay_locked_without_noise_and_separate_with_it(family: str) -> None:
+    both = doubled(family)
+    assert max(copies_apart(family, both, 10, noise_db=None)) < 1e-9
+    assert min(copies_apart(family, both, 10, noise_db=20.0)) > 1e-3
     # Where the width stays, units are told apart by what reads them alone: their own rows are equal at first.
-    assert copies_apart(family, {"mlp": 80}, 20.0, 0)[0] == 0.0
-    assert copies_apart(family, {"mlp": 80}, 20.0, 10)[0] > 1e-3
-    assert copies_apart(family, {"mlp": 80}, None, 10)[0] < 1e-9
+    assert copies_apart(family, {"mlp": 80}, 0, noise_db=20.0)[0] == 0.0
+    assert copies_apart(family, {"mlp": 80}, 10, noise_db=20.0)[0] > 1e-3
+    assert copies_apart(family, {"mlp": 80}, 10, noise_db=None)[0] < 1e-9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moments_of_the_originals_alone_separate_copies_too(family: str) -> None:
+    """SPARKLING's way, without noise: equal weights, unequal state. Dropping all moments separates nothing."""
+    both = doubled(family)
+    assert max(copies_apart(family, both, 0, noise_db=None, moments="asym_reset")) < 1e-12
+    assert min(copies_apart(family, both, 10, noise_db=None, moments="asym_reset")) > 1e-3
+    assert max(copies_apart(family, both, 10, noise_db=None, moments="reset")) < 1e-9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_diagonal_halves_stay_each_other_s_image(family: str) -> None:
+    """Their weights are no copies any more, but swapping the halves everywhere changes nothing (growth.md, 1.4)."""
+    sizes = {"kv_groups": 4} if family == "llama" else {}
+    old = model_of(spec_of(family, **sizes), grid())
+    optimizer = optimizer_of(old)
+    train(old, optimizer, 3)
+    grow = doubled(family)
+    plan, _ = plan_of(old.spec, config_of(family, **sizes).model, grow, width="blockdiag", noise_db=None)
+    new, grown, _ = apply(plan, old, optimizer.moments)
+    train(new, grown, 20, seed=3)
+    matrix = weights(new)["layers.0.mlp.out_weight"]
+    halves = matrix.view(plan.old.embed, 2, plan.old.mlp, 2)
+    swapped = halves.flip(1, 3)
+    size = float(matrix.norm())
+    assert float((halves - swapped).norm()) < 1e-9 * size
+    assert float((halves[:, 0] - halves[:, 1]).norm()) > 0.1 * size  # the diagonal is not what lies beside it
 
 
 @pytest.mark.parametrize("family", FAMILIES)
