@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from elle_mp.checkpoint.stream_reader import StoredTensors
 from elle_mp.errors import UserError
 from elle_mp.growth.apply import grown_norm_stats
 from elle_mp.growth.blocks import Block, grow_moment, grow_weight
+from elle_mp.growth.maps import Fill
 from elle_mp.growth.plan import GrowthPlan
-from elle_mp.growth.tensors import TensorGrowth, parameter_growths
+from elle_mp.growth.tensors import DimGrowth, TensorGrowth, parameter_growths
 from elle_mp.ops.random import Bounds
 
 Stored = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -72,27 +74,44 @@ class OfflineGrowth:
                     self._check(f"{OPTIM}{growth.source}.{moment}", growth.old_shape)
         return out
 
-    def produce(self, name: str, bounds: Bounds) -> Tensor:
-        """A block of a tensor of the new checkpoint."""
+    def produce(self, name: str, bounds: Bounds, old_bytes: int | None = None) -> Tensor:
+        """A block of a tensor of the new checkpoint.
+
+        Args:
+            old_bytes: the most of the old tensors to be held at a time; a block that is made of more (a channel that
+                holds a mean, a bias that takes over a norm's) is made in parts.
+        """
         if name == NORM_STATS:
             return self._norm_stats()[bounds[0][0] : bounds[0][1]]
         if name.startswith(MODEL):
             growth = self.growths[name.removeprefix(MODEL)]
-            out = self._empty(bounds)
-            blocks = {key: self._read(MODEL + key, needed) for key, needed in growth.needs(bounds).items()}
-            grow_weight(growth, blocks, bounds, out)
-            return out
+            return self._weight(growth, bounds, self._entries(old_bytes))
         parameter, _, moment = name.removeprefix(OPTIM).rpartition(".")
         growth = self.growths[parameter]
         fresh = growth.source is None or growth.moments == "reset"
         if moment == STEP:
             return torch.zeros(()) if fresh else self.source.read(f"{OPTIM}{growth.source}.{STEP}", ())
+        if fresh:
+            return self._empty(bounds).zero_()
+        return self._moment(growth, moment, bounds, self._entries(old_bytes))
+
+    def _weight(self, growth: TensorGrowth, bounds: Bounds, entries: int | None) -> Tensor:
         out = self._empty(bounds)
-        if fresh or growth.source is None:
-            return out.zero_()
-        block = self._read(f"{OPTIM}{growth.source}.{moment}", growth.needs(bounds)[growth.source])
-        grow_moment(growth, block, bounds, out, DEGREES[moment])
+        for part in parts(growth, bounds, growth.reads, entries):
+            blocks = {key: self._read(MODEL + key, needed) for key, needed in growth.needs(part).items()}
+            grow_weight(growth, blocks, part, _place(out, bounds, part))
         return out
+
+    def _moment(self, growth: TensorGrowth, moment: str, bounds: Bounds, entries: int | None) -> Tensor:
+        source = growth.source or ""
+        out = self._empty(bounds)
+        for part in parts(growth, bounds, (source,), entries):
+            block = self._read(f"{OPTIM}{source}.{moment}", growth.needs(part)[source])
+            grow_moment(growth, block, part, _place(out, bounds, part), DEGREES[moment])
+        return out
+
+    def _entries(self, old_bytes: int | None) -> int | None:
+        return None if old_bytes is None else old_bytes // self._dtype("token_table").itemsize
 
     def _empty(self, bounds: Bounds) -> Tensor:
         return torch.empty([stop - start for start, stop in bounds], dtype=self._dtype("token_table"))
@@ -132,12 +151,89 @@ def grow_checkpoint(
     """Writes the grown checkpoint ``name`` into ``store``; collective over the default process group, or alone.
 
     Args:
-        block_bytes: of the largest block that is in memory at a time.
+        block_bytes: of the largest block that is in memory at a time, of the new tensors and of the old ones; at
+            least a row of a matrix, whose copies are noised together. The same on all ranks.
         progress: called with the bytes just written.
 
     Raises:
         UserError: the old checkpoint does not fit the plan, or the new one cannot be written; nothing of it is left.
     """
+    tensors = growth.tensors()
+    block_bytes = max(block_bytes, _longest_noised_row(growth))
     store.save_streamed(
-        name, growth.tensors(), growth.produce, meta, permanent=True, block_bytes=block_bytes, progress=progress
+        name,
+        tensors,
+        lambda tensor, bounds: growth.produce(tensor, bounds, block_bytes),
+        meta,
+        permanent=True,
+        block_bytes=block_bytes,
+        progress=progress,
     )
+
+
+def _longest_noised_row(growth: OfflineGrowth) -> int:
+    """Bytes of it; 0 without noise."""
+    tensors = growth.tensors()
+    rows = (item.shape[-1] * tensors[MODEL + name][1].itemsize for name, item in growth.growths.items() if item.noise)
+    return max(rows, default=0)
+
+
+def parts(growth: TensorGrowth, bounds: Bounds, reads: tuple[str, ...], entries: int | None) -> Iterator[Bounds]:
+    """Cuts a block of a new parameter until each part is made of at most ``entries`` old values, where that can be.
+
+    Args:
+        reads: the old parameters that are read for it.
+        entries: ``None`` for no limit.
+    """
+    have = _needed(growth, bounds, reads)
+    cuts = [] if entries is None or have <= entries else [_cut(bounds, *place) for place in _places(growth, bounds)]
+    if not cuts:
+        yield bounds
+        return
+    costs = [[_needed(growth, part, reads) for part in cut] for cut in cuts]
+    # The cut that helps most, else one after which the next may help: the copies of a head read the same.
+    best = min(range(len(cuts)), key=lambda index: (max(costs[index]) >= have, sum(costs[index])))
+    for part in cuts[best]:
+        yield from parts(growth, part, reads, entries)
+
+
+def _needed(growth: TensorGrowth, bounds: Bounds, reads: tuple[str, ...]) -> int:
+    needs = growth.needs(bounds)
+    return sum(prod(stop - start for start, stop in needs[name]) for name in reads)
+
+
+def _cut(bounds: Bounds, dim: int, place: int) -> tuple[Bounds, Bounds]:
+    start, stop = bounds[dim]
+    return (*bounds[:dim], (start, place), *bounds[dim + 1 :]), (*bounds[:dim], (place, stop), *bounds[dim + 1 :])
+
+
+def _places(growth: TensorGrowth, bounds: Bounds) -> Iterator[tuple[int, int]]:
+    """Where a block may be cut: dimension and global index. In its middle, and where the sources begin anew."""
+    for dim, (item, (start, stop)) in enumerate(zip(growth.dims, bounds, strict=True)):
+        if stop - start < 2:
+            continue
+        may = torch.ones(stop - start - 1, dtype=torch.bool)
+        if growth.noise is not None and dim == len(bounds) - 1 and item is not None:
+            may = _between_units(item, start, stop)
+        kinds = [may]
+        if item is not None:
+            index = item.item.index[start:stop]
+            kinds.append(may & (index[1:] < index[:-1]))
+        for kind in kinds:
+            places = kind.nonzero().flatten() + start + 1
+            if len(places):
+                yield dim, int(places[(places - (start + stop) // 2).abs().argmin()])
+
+
+def _between_units(item: DimGrowth, start: int, stop: int) -> Tensor:
+    """Whether a cut before each index but the first leaves all copies of each unit on one side (bool)."""
+    copied = item.fill[start:stop] == int(Fill.COPY)
+    index = item.item.index[start:stop]
+    highest = torch.where(copied, index, -1).cummax(0).values
+    lowest = torch.where(copied, index, item.item.old).flip(0).cummin(0).values.flip(0)
+    return highest[:-1] < lowest[1:]
+
+
+def _place(out: Tensor, bounds: Bounds, part: Bounds) -> Tensor:
+    """The part of a block's tensor."""
+    return out[tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(part, bounds, strict=True))]
