@@ -59,12 +59,14 @@ class DepthStrategy:
         name: its name in the configuration.
         gated: added layers get a gate that starts at zero.
         duplicates: added layers compute what their source computes, from the first step on.
+        composes: adding layers twice is adding them once.
         moments: what ``auto`` means with it.
     """
 
     name: ClassVar[str]
     gated: ClassVar[bool] = False
     duplicates: ClassVar[bool] = False
+    composes: ClassVar[bool] = True
     moments: ClassVar[str] = "scaled"
 
     def reason(self, old: ModelSpec, new: ModelSpec) -> str | None:
@@ -143,6 +145,7 @@ class AffineMigrate(DepthStrategy):
     """
 
     name = "affine_migrate"
+    composes = False
 
     def reason(self, old: ModelSpec, new: ModelSpec) -> str | None:
         if old.pre_norm:

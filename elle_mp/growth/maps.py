@@ -78,6 +78,12 @@ class AxisMap:
         return not bool(self.written.any() or self.reads.any())
 
     @property
+    def deterministic(self) -> bool:
+        """Whether each unit is made of the one that it stands beside, alone: a copy, a new unit like it, or zero."""
+        fills = torch.cat([self.written, self.reads])
+        return not self.pick and bool(torch.isin(fills, torch.tensor([Fill.COPY, Fill.TILE, Fill.ZERO])).all())
+
+    @property
     def uniform(self) -> bool:
         """Whether every unit has the same number of copies and there is nothing else."""
         return self.plain and bool((self.counts == self.counts[0]).all())

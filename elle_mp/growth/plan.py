@@ -98,14 +98,10 @@ class GrowthPlan:
         """One plan that does what this one followed by ``later`` does.
 
         Raises:
-            ValueError: the second does not start where the first ends, or one draws noise or random values.
+            ValueError: the second does not start where the first ends, or growing twice cannot be said in one plan: one
+                draws noise or random values, takes values from other units, or joins copies one to one.
         """
-        if later.old != self.new:
-            raise ValueError("the second growth starts from another model")
-        if self.noise_db is not None or later.noise_db is not None:
-            raise ValueError("noise is drawn at each growth: growths with noise do not compose")
-        if (self.depth, self.moments, self.rate) != (later.depth, later.moments, later.rate):
-            raise ValueError("growths of different depth, moments or rate strategies do not compose")
+        _check_composes(self, later)
         source = tuple(self.layer_source[layer] for layer in later.layer_source)
         inserted = tuple(
             added or self.inserted[layer] for added, layer in zip(later.inserted, later.layer_source, strict=True)
@@ -274,6 +270,23 @@ def _moments(
 
 def _moving(maps: Mapping[Axis, AxisMap]) -> dict[Axis, AxisMap]:
     return {axis: item for axis, item in maps.items() if not item.identity}
+
+
+def _check_composes(first: GrowthPlan, second: GrowthPlan) -> None:
+    if second.old != first.new:
+        raise ValueError("the second growth starts from another model")
+    if first.noise_db is not None or second.noise_db is not None:
+        raise ValueError("noise is drawn at each growth: growths with noise do not compose")
+    if (first.depth, first.moments, first.rate) != (second.depth, second.moments, second.rate):
+        raise ValueError("growths of different depth, moments or rate strategies do not compose")
+    for plan in (first, second):
+        maps = [item for each in (plan.maps, *plan.layer_maps) for item in each.values()]
+        noisy = "+" not in plan.width and plan.width_strategy.copy_noise is not None
+        if (noisy and maps) or not all(item.deterministic for item in maps):
+            raise ValueError(f"growth by {plan.width} draws values or takes them from elsewhere: it does not compose")
+    added = first.old.layers != first.new.layers and second.old.layers != second.new.layers
+    if added and not first.depth_strategy.composes:
+        raise ValueError(f"layers added by {first.depth} twice depend on those added first: they do not compose")
 
 
 def _composed(first: Mapping[Axis, AxisMap], second: Mapping[Axis, AxisMap]) -> dict[Axis, AxisMap]:
