@@ -1,0 +1,235 @@
+"""Tables and curves of growth_study.py: Markdown, and an SVG drawn by hand (no plotting library is needed)."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+from xml.sax.saxutils import escape
+
+FROM_SCRATCH, NOT_GROWN = "from scratch", "not grown"
+AUTO = {
+    "gpt/width1.5": "weighted",
+    "gpt/depth2": "zero_out",
+    "gpt/width2": "replicate",
+    "gpt/inner2": "replicate",
+    "llama/width1.5": "iso",
+    "llama/width2": "replicate",
+    "bert/depth2": "gate",
+    "bert/width1.5": "weighted",
+}
+"""What ``auto`` takes in each group; the other arms are compared with it, seed by seed."""
+
+T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
+"""Student's t, two-sided 95 %, by number of seeds."""
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """An arm over its seeds; losses are means of the seeds that have it."""
+
+    arm: str
+    results: tuple[Result, ...]
+
+    @property
+    def failed(self) -> str | None:
+        """What went wrong, if anything did."""
+        return next((str(item["failed"]) for item in self.results if "failed" in item), None)
+
+    @property
+    def final(self) -> dict[int, float]:
+        """The last loss of each seed."""
+        return {item["seed"]: item["points"][-1][2] for item in self.results if item["points"]}
+
+    @property
+    def jump(self) -> float | None:
+        """Change of the loss by the growth itself."""
+        values = [item["after"] - item["before"] for item in self.results if "after" in item]
+        return mean(values) if values else None
+
+    def after(self, steps: int) -> float | None:
+        """The loss ``steps`` steps after the growth."""
+        values = []
+        for item in self.results:
+            if "after" in item:
+                first = next(point[1] for point in item["points"] if point[0] >= item["source_flops"] * (1 - 1e-9))
+                values += [point[2] for point in item["points"] if point[1] == first + steps][-1:]
+        return mean(values) if values else None
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """(FLOPs, mean loss) where all seeds were evaluated."""
+        rows = zip(*(item["points"] for item in self.results if item["points"]), strict=False)
+        return [(row[0][0], mean(point[2] for point in row)) for row in rows]
+
+
+def groups_of(results: Sequence[Result]) -> dict[str, list[Curve]]:
+    """The arms of each group, best first; arms that failed are last."""
+    found: dict[str, dict[str, list[Result]]] = {}
+    for item in results:
+        found.setdefault(f"{item['family']}/{item['group']}", {}).setdefault(item["arm"], []).append(item)
+    out = {}
+    for group, arms in found.items():
+        curves = [Curve(arm, tuple(items)) for arm, items in arms.items()]
+        out[group] = sorted(curves, key=lambda curve: mean(curve.final.values()) if curve.final else float("inf"))
+    return out
+
+
+def spread(values: Sequence[float], signed: bool = False) -> str:
+    """Mean and standard deviation over seeds."""
+    text = f"{mean(values):+.3f}" if signed else f"{mean(values):.3f}"
+    return f"{text} ± {stdev(values):.3f}" if len(values) > 1 else text
+
+
+def clear(values: Sequence[float]) -> bool:
+    """Whether the mean differs from zero by Student's t at 95 %."""
+    count = len(values)
+    return count > 1 and abs(mean(values)) > T_95.get(count, 2.6) * stdev(values) / sqrt(count)
+
+
+def saving(curve: Curve, scratch: Curve | None) -> str:
+    """Share of the FLOPs of ``from scratch`` that are saved on the way to its final loss; the source is counted."""
+    if scratch is None or not scratch.final or not curve.final or curve is scratch:
+        return ""
+    target, total = mean(scratch.final.values()), scratch.points[-1][0]
+    before: tuple[float, float] | None = None
+    for flops, loss in curve.points:
+        if loss <= target:
+            at = flops if before is None else before[0] + (flops - before[0]) * _share(before[1], loss, target)
+            return f"{100 * (1 - at / total):.0f} %"
+        before = flops, loss
+    return "none"
+
+
+def _share(high: float, low: float, target: float) -> float:
+    return (high - target) / (high - low) if high > low else 1.0
+
+
+def table(group: str, curves: Sequence[Curve], steps: int, every: int) -> str:
+    """One group as Markdown, ranked by the loss at the end."""
+    scratch = next((curve for curve in curves if curve.arm == FROM_SCRATCH), None)
+    auto = next((curve for curve in curves if curve.arm == AUTO.get(group)), None)
+    early, middle = every, steps // 3 // every * every or every
+    lines = [
+        f"| rank | arm | exact | jump at step 0 | loss after {early} steps | after {middle} | at the end | "
+        "against `auto`, by seed | FLOPs saved |",
+        "|---" * 9 + "|",
+    ]
+    for rank, curve in enumerate(curves, start=1):
+        if curve.failed or not curve.final:
+            lines.append(f"| | {curve.arm} | | | | | {curve.failed} | | |")
+            continue
+        plan = next((item["plan"] for item in curve.results if "plan" in item), None)
+        exact = "" if plan is None else ("yes" if plan["exact"] else "no")
+        jump = "" if curve.jump is None else f"{curve.jump:+.4f}"
+        cells = ["" if value is None else f"{value:.3f}" for value in (curve.after(early), curve.after(middle))]
+        name = f"{curve.arm} (`auto`)" if curve is auto else curve.arm
+        lines.append(
+            f"| {rank} | {name} | {exact} | {jump} | {cells[0]} | {cells[1]} | "
+            f"**{spread(list(curve.final.values()))}** | {against(curve, auto)} | {saving(curve, scratch)} |"
+        )
+    return "\n".join(lines)
+
+
+def against(curve: Curve, auto: Curve | None) -> str:
+    """The difference to ``auto`` paired by seed; a star where three seeds tell it from none."""
+    if auto is None or curve is auto:
+        return ""
+    pairs = [curve.final[seed] - auto.final[seed] for seed in curve.final if seed in auto.final]
+    if not pairs:
+        return ""
+    return spread(pairs, signed=True) + (" *" if clear(pairs) else "")
+
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22", "#393b79")
+PANEL, HEIGHT, MARGIN, LEGEND = 430, 300, 50, 170
+
+
+def picture(groups: Mapping[str, Sequence[Curve]]) -> str:
+    """Mean loss against training FLOPs, one panel a group."""
+    rows = -(-len(groups) // 2)
+    width, height = 2 * (PANEL + LEGEND + MARGIN) + 20, rows * (HEIGHT + 90) + 20
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        'font-family="DejaVu Sans, Helvetica, sans-serif" font-size="11">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for index, (group, curves) in enumerate(groups.items()):
+        x = MARGIN + index % 2 * (PANEL + LEGEND + MARGIN)
+        parts.append(f'<g transform="translate({x} {40 + index // 2 * (HEIGHT + 90)})">{_panel(group, curves)}</g>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _panel(group: str, curves: Sequence[Curve]) -> str:
+    curves = [curve for curve in curves if curve.final]
+    source = max((item["source_flops"] for curve in curves for item in curve.results), default=0.0)
+    end = max(curve.points[-1][0] for curve in curves)
+    left = source - 0.12 * (end - source)
+    lows = [min(loss for _, loss in curve.points) for curve in curves]
+    before = mean(item["before"] for curve in curves for item in curve.results if "before" in item)
+    low, high = min(lows) - 0.01, before + 0.35 * (before - min(lows))
+
+    def place(flops: float, loss: float) -> str:
+        x = (flops - left) / (end - left) * PANEL
+        return f"{x:.1f},{(high - min(loss, high)) / (high - low) * HEIGHT:.1f}"
+
+    parts = [
+        f'<text x="0" y="-12" font-size="13" font-weight="bold">{escape(group)}: held-out loss, training FLOPs</text>',
+        f'<rect width="{PANEL}" height="{HEIGHT}" fill="none" stroke="#999"/>',
+        *_ticks(left, end, low, high),
+    ]
+    for number, curve in enumerate(curves):
+        plain = curve.arm in (FROM_SCRATCH, NOT_GROWN)
+        colour = "#000000" if plain else COLOURS[number % len(COLOURS)]
+        dash = {FROM_SCRATCH: "6 3", NOT_GROWN: "2 2"}.get(curve.arm, "none" if number < len(COLOURS) else "8 2 2 2")
+        shown = [point for point in curve.points if point[0] >= left]
+        line = " ".join(place(*point) for point in shown)
+        style = f'fill="none" stroke="{colour}" stroke-width="1.6" stroke-dasharray="{dash}"'
+        parts.append(f'<polyline points="{line}" {style}/>')
+        y = 8 + number * 17
+        parts.append(f'<polyline points="{PANEL + 8},{y} {PANEL + 30},{y}" {style}/>')
+        label = f"{curve.arm} {mean(curve.final.values()):.3f}"
+        parts.append(f'<text x="{PANEL + 34}" y="{y + 4}">{escape(label)}</text>')
+    return "\n".join(parts)
+
+
+def _ticks(left: float, end: float, low: float, high: float) -> list[str]:
+    parts = []
+    for step in range(5):
+        flops, loss = left + (end - left) * step / 4, low + (high - low) * step / 4
+        x, y = PANEL * step / 4, HEIGHT - HEIGHT * step / 4
+        parts.append(f'<text x="{x:.0f}" y="{HEIGHT + 16}" text-anchor="middle" fill="#555">{flops:.2e}</text>')
+        parts.append(f'<text x="-6" y="{y + 4:.0f}" text-anchor="end" fill="#555">{loss:.2f}</text>')
+        parts.append(f'<line x1="0" x2="{PANEL}" y1="{y:.0f}" y2="{y:.0f}" stroke="#eee"/>')
+    return parts
+
+
+def write_report(
+    results: Sequence[Result], settings: Mapping[str, Any], notes: Path | None, command: Sequence[str], out: Path | None
+) -> str:
+    """The tables, printed; with ``out`` also a file, its picture beside it, and in it the text of ``notes``."""
+    groups = groups_of(results)
+    seeds = sorted({item["seed"] for item in results})
+    text = "\n\n".join(
+        f"## {group}\n\n{table(group, curves, settings['steps'], settings['every'])}"
+        for group, curves in groups.items()
+    )
+    if out is not None:
+        said = notes.read_text(encoding="utf-8").strip() + "\n\n" if notes else ""
+        processor = f"{platform.machine()}, {os.cpu_count()} cores, one thread"
+        head = (
+            f"# Which growth is worth most\n\n`python benchmarks/growth_study.py {' '.join(command)}` "
+            f"({date.today()}, {processor}, seeds {', '.join(map(str, seeds))})\n\n{said}"
+            f"![Loss against training FLOPs]({out.with_suffix('.svg').name})\n\n"
+        )
+        out.write_text(f"{head}{text}\n", encoding="utf-8")
+        out.with_suffix(".svg").write_text(picture(groups), encoding="utf-8")
+    return text
