@@ -56,11 +56,18 @@ struct Gather {
     std::vector<uint8_t> offset;  // index - base, where there is a base
 };
 
+struct View {
+    View() = default;
+    explicit View(const Gather& map)
+        : index(map.index.data()), base(map.base.data()), offset(map.offset.data()) {}
+    const int64_t* index = nullptr;
+    const int64_t* base = nullptr;
+    const uint8_t* offset = nullptr;
+};
+
 // Copies of one unit up to which a column is compared with each of its partners.
 constexpr int64_t kFewCopies = 8;
 constexpr int64_t kMostCopies = 1 << 20;
-// Written size from which the caches are of no use to what is written.
-constexpr int64_t kStreamBytes = 8 << 20;
 // Entries below which a second thread costs more than it saves.
 constexpr int64_t kSerialEntries = 1 << 14;
 
@@ -74,7 +81,7 @@ struct Job {
     const double* col_scale;  // null for ones
     int64_t width;
     Gather columns;
-    bool scaled, contiguous, stream, noise;
+    bool scaled, contiguous, noise;
     // Noise: bytes are summed from column 4 * counter on; column 0 of the block is `shift` later.
     uint64_t key;
     int64_t first_row;
@@ -246,7 +253,6 @@ void Expand(const py::array_t<T>& source, const Indices& rows, const Indices& co
     MakeGather(job.columns, cols.data(), job.width, kLanesOf<T>, source.shape(1));
     job.contiguous = true;
     for (int64_t j = 1; j < job.width; ++j) job.contiguous &= cols.data()[j] == cols.data()[j - 1] + 1;
-    job.stream = entries * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
     job.key = key;
     job.first_row = first_row;
     if (group != nullptr) PlanNoise(job, group, strength, first_col, std);

@@ -26,16 +26,36 @@ ELLE_INLINE U64 MultiplyWords(U64 x, uint64_t factor) {
 
 // Sums of the four bytes of each 32-bit lane.
 ELLE_INLINE U64 ByteSums(U64 words) {
+#if ELLE_LEVEL >= 4
+    const __m512i pairs = _mm512_maddubs_epi16((__m512i)words, _mm512_set1_epi8(1));
+    return (U64)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#else
     U32 x = (U32)words;
     x = (x & 0x00ff00ffu) + ((x >> 8) & 0x00ff00ffu);
     return (U64)((x + (x >> 16)) & 0xffffu);
+#endif
+}
+
+// out = front[0], back[0], front[1], back[1], ... in 64-bit lanes.
+ELLE_INLINE void StoreInTurns(U64 front, U64 back, int32_t* out) {
+#if ELLE_LEVEL >= 4
+    const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    const __m512i high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi64((__m512i)front, low, (__m512i)back));
+    _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi64((__m512i)front, high, (__m512i)back));
+#else
+    uint64_t lanes[16];
+    for (int i = 0; i < 8; ++i) {
+        lanes[2 * i] = front[i];
+        lanes[2 * i + 1] = back[i];
+    }
+    std::memcpy(out, lanes, sizeof lanes);
+#endif
 }
 
 // sums[c] for the `count` (a multiple of 32) columns that start at 4 * counter, in one row: Philox4x32-10.
 inline void FillSums(uint64_t key, int64_t row, uint32_t counter, int64_t count, int32_t* sums) {
     const U64 lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    const U64 low = {0, 8, 1, 9, 2, 10, 3, 11};
-    const U64 high = {4, 12, 5, 13, 6, 14, 7, 15};
     const uint64_t row_bits = static_cast<uint64_t>(row);
     for (int64_t c = 0; c < count; c += 32) {
         // Words in 64-bit lanes; what the upper halves hold is of no interest.
@@ -56,92 +76,109 @@ inline void FillSums(uint64_t key, int64_t row, uint32_t counter, int64_t count,
             key0 += 0x9e3779b9u;
             key1 += 0xbb67ae85u;
         }
-        const U64 front = ByteSums((x0 & 0xffffffffu) | (x1 << 32));
-        const U64 back = ByteSums((x2 & 0xffffffffu) | (x3 << 32));
         // A counter's four words are four neighbouring columns.
-        const U64 out[2] = {__builtin_shuffle(front, back, low), __builtin_shuffle(front, back, high)};
-        std::memcpy(sums + c, out, sizeof out);
+        StoreInTurns(ByteSums((x0 & 0xffffffffu) | (x1 << 32)), ByteSums((x2 & 0xffffffffu) | (x3 << 32)),
+                     sums + c);
     }
 }
 
-// Lane i is element lane[i] of the two vectors that start at `window`.
-template <typename T, int kWide>
-ELLE_INLINE Vector<T, kWide> Pick(const T* window, Vector<uint8_t, kWide> lane) {
-    using Lane = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
-    return __builtin_shuffle(Load<T, kWide>(window), Load<T, kWide>(window + kWide),
-                             __builtin_convertvector(lane, Vector<Lane, kWide>));
+#if ELLE_LEVEL >= 4
+// Lane i is element offset[i] of the two vectors that start at `window`.
+ELLE_INLINE Vector<float> Pick(const float* window, const uint8_t* offset) {
+    const __m512i lane = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offset)));
+    return (Vector<float>)_mm512_permutex2var_ps(_mm512_loadu_ps(window), lane, _mm512_loadu_ps(window + 16));
 }
 
-// Elements number `map.index` of vector `v`: two loads and a shuffle where they lie close, as under every map
-// of growth.
-template <typename T, int kWide>
-ELLE_INLINE Vector<T, kWide> Fetch(const Gather& map, int64_t v, const T* in) {
-#if ELLE_LEVEL >= 4
-    if (map.base[v] >= 0)
-        return Pick<T, kWide>(in + map.base[v], Load<uint8_t, kWide>(map.offset.data() + v * kWide));
+ELLE_INLINE Vector<double> Pick(const double* window, const uint8_t* offset) {
+    const __m512i lane = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(offset)));
+    return (Vector<double>)_mm512_permutex2var_pd(_mm512_loadu_pd(window), lane, _mm512_loadu_pd(window + 8));
+}
+
+template <int kWide>
+ELLE_INLINE Vector<int32_t, kWide> Pick(const int32_t* window, const uint8_t* offset) {
+    if constexpr (kWide == 16) {
+        const __m512i lane = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offset)));
+        return (Vector<int32_t>)_mm512_permutex2var_epi32(_mm512_loadu_si512(window), lane,
+                                                          _mm512_loadu_si512(window + 16));
+    } else {
+        const __m256i lane = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(offset)));
+        const __m256i* pair = reinterpret_cast<const __m256i*>(window);
+        return (Vector<int32_t, 8>)_mm256_permutex2var_epi32(_mm256_loadu_si256(pair), lane,
+                                                             _mm256_loadu_si256(pair + 1));
+    }
+}
+
+// Lane i is in[index[i]].
+ELLE_INLINE Vector<double> Collect(const double* in, const int64_t* index) {
+    return (Vector<double>)_mm512_i64gather_pd(_mm512_loadu_si512(index), in, 8);
+}
+
+ELLE_INLINE Vector<float> Collect(const float* in, const int64_t* index) {
+    const __m256 half = _mm512_i64gather_ps(_mm512_loadu_si512(index), in, 4);
+    const __m256 rest = _mm512_i64gather_ps(_mm512_loadu_si512(index + 8), in, 4);
+    return (Vector<float>)_mm512_insertf32x8(_mm512_castps256_ps512(half), rest, 1);
+}
+
+template <int kWide>
+ELLE_INLINE Vector<int32_t, kWide> Collect(const int32_t* in, const int64_t* index) {
+    const __m256i half = _mm512_i64gather_epi32(_mm512_loadu_si512(index), in, 4);
+    if constexpr (kWide == 8) {
+        return (Vector<int32_t, 8>)half;
+    } else {
+        const __m256i rest = _mm512_i64gather_epi32(_mm512_loadu_si512(index + 8), in, 4);
+        return (Vector<int32_t>)_mm512_inserti32x8(_mm512_castsi256_si512(half), rest, 1);
+    }
+}
 #endif
-    const int64_t* index = map.index.data() + v * kWide;
+
+// Elements number `map.index` of vector `v`: two loads and a shuffle where they lie close, as in all maps of
+// growth.
+template <typename T, int kWide>
+ELLE_INLINE Vector<T, kWide> Fetch(const View& map, int64_t v, const T* in) {
+#if ELLE_LEVEL >= 4
+    const int64_t base = map.base[v];
+    if constexpr (std::is_same_v<T, int32_t>)
+        return base >= 0 ? Pick<kWide>(in + base, map.offset + v * kWide)
+                         : Collect<kWide>(in, map.index + v * kWide);
+    else
+        return base >= 0 ? Pick(in + base, map.offset + v * kWide) : Collect(in, map.index + v * kWide);
+#else
+    const int64_t* index = map.index + v * kWide;
     T lanes[kWide];
     for (int i = 0; i < kWide; ++i) lanes[i] = in[index[i]];
     return Load<T, kWide>(lanes);
+#endif
 }
 
-template <typename T, bool kScaled, bool kNoise>
-ELLE_INLINE Vector<T> Entries(const Job<T>& job, int64_t v, const T* in, const T* scale,
-                              const int32_t* sums) {
-    constexpr int kWide = kLanesOf<T>;
-    Vector<T> x = Fetch<T, kWide>(job.columns, v, in);
-    if (kScaled) x *= Load<T>(scale + v * kWide);
-    if (kNoise) {
-        // c S - sum S = the sum over the other copies of (S - theirs).
-        const Vector<int32_t, kWide> own = Load<int32_t, kWide>(sums + job.shift + v * kWide);
-        Vector<int32_t, kWide> centred = own;
-        if (!job.partners.empty()) {
-            centred = own - Fetch<int32_t, kWide>(job.partners[0], v, sums);
-            for (std::size_t k = 1; k < job.partners.size(); ++k)
-                centred += own - Fetch<int32_t, kWide>(job.partners[k], v, sums);
-        }
-        const Vector<T> relative =
-            __builtin_convertvector(centred, Vector<T>) * Load<T>(job.factor.data() + v * kWide);
-        x += x * relative;
-    }
-    return x;
-}
-
+// One row. Pointers are held in locals: what is stored through `out` might else change them.
 template <typename T, bool kScaled, bool kNoise>
 inline void FillRow(const Job<T>& job, const T* in, const T* scale, const int32_t* sums, T* out) {
     constexpr int kWide = kLanesOf<T>;
-    const int64_t whole = job.width / kWide;
-    for (int64_t v = 0; v < whole; ++v) {
-        const Vector<T> x = Entries<T, kScaled, kNoise>(job, v, in, scale, sums);
-        std::memcpy(out + v * kWide, &x, sizeof x);
+    const View columns(job.columns);
+    const bool paired = !job.partners.empty();
+    const View partner = paired ? View(job.partners[0]) : View();
+    const bool crowded = job.partners.size() > 1;
+    const T* factor = job.factor.data();
+    const int64_t width = job.width, shift = job.shift;
+    for (int64_t v = 0; v * kWide < width; ++v) {
+        Vector<T> x = Fetch<T, kWide>(columns, v, in);
+        if (kScaled) x *= Load<T>(scale + v * kWide);
+        if (kNoise) {
+            // c S - sum S = the sum over the other copies of (S - theirs).
+            const Vector<int32_t, kWide> own = Load<int32_t, kWide>(sums + shift + v * kWide);
+            Vector<int32_t, kWide> centred = own;
+            if (paired) centred -= Fetch<int32_t, kWide>(partner, v, sums);
+            if (crowded)
+                for (std::size_t k = 1; k < job.partners.size(); ++k)
+                    centred += own - Fetch<int32_t, kWide>(View(job.partners[k]), v, sums);
+            x += x * (__builtin_convertvector(centred, Vector<T>) * Load<T>(factor + v * kWide));
+        }
+        const int64_t left = std::min<int64_t>(kWide, width - v * kWide);
+        if (left == kWide)
+            std::memcpy(out + v * kWide, &x, sizeof x);
+        else
+            std::memcpy(static_cast<void*>(out + v * kWide), &x, left * sizeof(T));
     }
-    if (whole * kWide == job.width) return;
-    const Vector<T> x = Entries<T, kScaled, kNoise>(job, whole, in, scale, sums);
-    std::memcpy(static_cast<void*>(out + whole * kWide), &x, (job.width - whole * kWide) * sizeof(T));
-}
-
-// Copies past the caches: what is written once and not soon read need not be fetched first.
-inline void Stream(void* to, const void* from, std::size_t size) {
-#if defined(__SSE2__)
-    char* out = static_cast<char*>(to);
-    const char* in = static_cast<const char*>(from);
-    const std::size_t head = std::min(size, (64 - reinterpret_cast<std::uintptr_t>(out) % 64) % 64);
-    std::memcpy(out, in, head);
-    std::size_t i = head;
-    for (; i + 64 <= size; i += 64) {
-#if ELLE_LEVEL >= 4
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), _mm512_loadu_si512(in + i));
-#else
-        for (int k = 0; k < 64; k += 16)
-            _mm_stream_si128(reinterpret_cast<__m128i*>(out + i + k),
-                             _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i + k)));
-#endif
-    }
-    std::memcpy(out + i, in + i, size - i);
-#else
-    std::memcpy(to, from, size);
-#endif
 }
 
 // For units with many copies: replaces sums by what is left of them after centring.
@@ -157,26 +194,21 @@ template <typename T>
 void ExpandRows(const Job<T>& job, int64_t begin, int64_t end) {
     const std::size_t padded = job.columns.index.size();
     const std::size_t bytes = job.width * sizeof(T);
-    std::vector<T> scratch(job.stream ? padded : 0), scale(job.scaled ? padded : 0);
+    std::vector<T> scale(job.scaled ? padded : 0);
     std::vector<int32_t> sums(job.sums), totals(job.copies.size());
     bool scale_known = false;
     double scale_row = 1.0;
-    const T* ready = nullptr;  // the row before, where it can be used again
     for (int64_t i = begin; i < end; ++i) {
         const T* in = job.source + job.rows[i] * job.source_stride;
         T* out = job.out + i * job.out_stride;
         const double row_scale = job.row_scale == nullptr ? 1.0 : job.row_scale[i];
         const bool scaled = job.scaled && (job.col_scale != nullptr || row_scale != 1.0);
-        if (job.contiguous && !scaled && !job.noise) {
-            const T* from = in + job.columns.index[0];
-            job.stream ? Stream(out, from, bytes) : (void)std::memcpy(static_cast<void*>(out), from, bytes);
-            ready = nullptr;
-            continue;
-        }
-        const bool again = ready != nullptr && job.rows[i] == job.rows[i - 1] &&
+        const bool plain = job.contiguous && !scaled && !job.noise;
+        const bool again = !job.noise && i > begin && job.rows[i] == job.rows[i - 1] &&
                            (job.row_scale == nullptr || row_scale == job.row_scale[i - 1]);
-        if (again) {
-            job.stream ? Stream(out, ready, bytes) : (void)std::memcpy(static_cast<void*>(out), ready, bytes);
+        if (plain || again) {
+            const T* from = again ? out - job.out_stride : in + job.columns.index[0];
+            std::memcpy(static_cast<void*>(out), from, bytes);
             continue;
         }
         if (scaled && !(scale_known && scale_row == row_scale)) {
@@ -186,20 +218,14 @@ void ExpandRows(const Job<T>& job, int64_t begin, int64_t end) {
             scale_known = true;
             scale_row = row_scale;
         }
-        T* row = job.stream ? scratch.data() : out;
         if (job.noise) {
             FillSums(job.key, job.first_row + i, job.counter, job.sums, sums.data());
             if (!job.copies.empty()) Centre(job, totals, sums.data());
-            scaled ? FillRow<T, true, true>(job, in, scale.data(), sums.data(), row)
-                   : FillRow<T, false, true>(job, in, nullptr, sums.data(), row);
+            scaled ? FillRow<T, true, true>(job, in, scale.data(), sums.data(), out)
+                   : FillRow<T, false, true>(job, in, nullptr, sums.data(), out);
         } else {
-            scaled ? FillRow<T, true, false>(job, in, scale.data(), nullptr, row)
-                   : FillRow<T, false, false>(job, in, nullptr, nullptr, row);
-            ready = row;
+            scaled ? FillRow<T, true, false>(job, in, scale.data(), nullptr, out)
+                   : FillRow<T, false, false>(job, in, nullptr, nullptr, out);
         }
-        if (job.stream) Stream(out, row, bytes);
     }
-#if defined(__SSE2__)
-    if (job.stream) _mm_sfence();
-#endif
 }
