@@ -51,6 +51,12 @@ class OfflineGrowth:
         growths: dict[str, TensorGrowth] = vars(self)["_growths"]
         return growths
 
+    @property
+    def longest_row(self) -> int:
+        """Bytes of the longest row whose copies are noised together, the least that a block can be; 0 without noise."""
+        rows = (item.shape[-1] for item in self.growths.values() if item.noise is not None)
+        return max(rows, default=0) * self._dtype("token_table").itemsize
+
     def tensors(self) -> Stored:
         """Shape and type of every tensor of the new checkpoint, in the order of the model.
 
@@ -158,24 +164,16 @@ def grow_checkpoint(
     Raises:
         UserError: the old checkpoint does not fit the plan, or the new one cannot be written; nothing of it is left.
     """
-    tensors = growth.tensors()
-    block_bytes = max(block_bytes, _longest_noised_row(growth))
+    block_bytes = max(block_bytes, growth.longest_row)
     store.save_streamed(
         name,
-        tensors,
+        growth.tensors(),
         lambda tensor, bounds: growth.produce(tensor, bounds, block_bytes),
         meta,
         permanent=True,
         block_bytes=block_bytes,
         progress=progress,
     )
-
-
-def _longest_noised_row(growth: OfflineGrowth) -> int:
-    """Bytes of it; 0 without noise."""
-    tensors = growth.tensors()
-    rows = (item.shape[-1] * tensors[MODEL + name][1].itemsize for name, item in growth.growths.items() if item.noise)
-    return max(rows, default=0)
 
 
 def parts(growth: TensorGrowth, bounds: Bounds, reads: tuple[str, ...], entries: int | None) -> Iterator[Bounds]:

@@ -18,6 +18,7 @@ from elle_mp.data.batches import Batch
 from elle_mp.data.sources import check_source
 from elle_mp.data.tokenizer import Tokenizer
 from elle_mp.errors import UserError
+from elle_mp.growth.plan import GrowthPlan
 from elle_mp.models.spec import ModelSpec
 from elle_mp.models.transformer import Transformer
 from elle_mp.observe.tables import growth_table
@@ -26,8 +27,9 @@ from elle_mp.parallel.agreement import on_first_rank
 from elle_mp.stream.evaluate_command import domain_perplexity
 from elle_mp.stream.evaluation import fixed_logits, largest_difference
 from elle_mp.stream.growing import check_proof
+from elle_mp.stream.memory import largest_resident
 from elle_mp.stream.state import RunState
-from elle_mp.stream.stored_model import stored_model
+from elle_mp.stream.stored_model import stored_model, streaming_bytes
 
 ROWS, LONGEST = 4, 64
 DOUBLE = torch.float64
@@ -44,7 +46,7 @@ def prove_offline(
 ) -> None:
     """Runs both checkpoints, prints the comparison, and keeps it in the new checkpoint's growth record.
 
-    Layers are read one at a time, unless both models fit ``limit`` bytes; only then perplexities are measured.
+    Layers are read one at a time, unless all weights fit ``limit`` bytes; only then perplexities are measured.
 
     Raises:
         UserError: the plan said that it is exact, and the logits differ.
@@ -60,13 +62,13 @@ def prove_offline(
     batch = fixed_batch(old_spec, config.run.seed)
     measures = _perplexities(config, run_dir, old_spec, state, console)
     grown = StoredTensors(out / "checkpoints" / name)
-    resident = 2 * _weights_bytes(grown) < limit
+    resident = largest_resident() + streaming_bytes(new_spec, ROWS * LONGEST) + _weights_bytes(grown) < limit
     if not resident and measures is not None:
-        console.print("note: the weights in fp64 do not fit --max-memory twice: logits are compared, perplexities not")
+        console.print("note: the weights in fp64 do not fit --max-memory: logits are compared, perplexities not")
         measures = None
-    before, ppl_before = _measure(old_spec, source, batch, resident, measures)
-    after, ppl_after = _measure(new_spec, grown, batch, resident, measures)
-    absolute, relative = largest_difference(before[0], after[0][..., : before[0].shape[-1]], after[1])
+    before, ppl_before = _measure(old_spec, source, batch, resident, measures)[:2]
+    after, ppl_after, model = _measure(new_spec, grown, batch, resident, measures)
+    absolute, relative = largest_difference(before, after[..., : before.shape[-1]], model)
     record |= {
         "max_logit_diff": absolute,
         "max_logit_diff_rel": relative,
@@ -83,6 +85,18 @@ def prove_offline(
     console.print(growth_table({"stages": [{"domain": name, "growth": record}]}))
 
 
+def check_proof_memory(plan: GrowthPlan, limit: int) -> None:
+    """Refuses a limit that not even the model's tables and one layer fit. Collective.
+
+    Raises:
+        UserError: says what would do.
+    """
+    needed = largest_resident() + streaming_bytes(plan.new, ROWS * LONGEST)
+    if needed > limit:
+        least = -(-needed // (1 << 20))
+        raise UserError(f"--max-memory: the tables and one layer of the model in fp64 need {least}M for --verify")
+
+
 def fixed_batch(spec: ModelSpec, seed: int) -> Batch:
     """A few sequences of seeded random ids, one for each domain in turn: what every checkpoint can be run on."""
     length = min(spec.text_length, LONGEST)
@@ -97,9 +111,9 @@ def _measure(
     batch: Batch,
     resident: bool,
     measures: Callable[[Transformer], dict[str, float]] | None,
-) -> tuple[tuple[torch.Tensor, Transformer], dict[str, float]]:
+) -> tuple[torch.Tensor, dict[str, float], Transformer]:
     model = stored_model(spec, tensors, DOUBLE, resident)
-    return (fixed_logits(model, batch), model), measures(model) if measures is not None else {}
+    return fixed_logits(model, batch), measures(model) if measures is not None else {}, model
 
 
 def _perplexities(

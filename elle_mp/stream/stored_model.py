@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
 from elle_mp.checkpoint.stream_reader import StoredTensors
-from elle_mp.models.declarations import hollow_model
+from elle_mp.models.declarations import declarations, hollow_model
 from elle_mp.models.spec import ModelSpec
 from elle_mp.models.transformer import Transformer
 from elle_mp.parallel.sharding import ShardedModule
 
 PREFIX = "model."
+
+
+ACTIVATIONS = 12
+"""Of a layer, in widths of the residual stream and of the MLP: what its forward pass holds at a time."""
+
+
+def streaming_bytes(spec: ModelSpec, tokens: int) -> int:
+    """Memory in which :func:`stored_model` computes logits in fp64, layers not resident: tables, two layers, and what
+    a pass over ``tokens`` makes (attention scores of short sequences are less)."""
+    layers: dict[str, int] = {}
+    tables = 0
+    for name, item in declarations(spec).items():
+        size = prod(item.shape(spec.axes))
+        if name.startswith("layers."):
+            layer = name.split(".")[1]
+            layers[layer] = layers.get(layer, 0) + size
+        else:
+            tables += size
+    passing = tokens * (ACTIVATIONS * (spec.embed + spec.mlp) + 3 * spec.padded_vocab)
+    return 8 * (tables + 2 * max(layers.values()) + passing)
 
 
 def stored_model(spec: ModelSpec, tensors: StoredTensors, dtype: torch.dtype, resident: bool) -> Transformer:
