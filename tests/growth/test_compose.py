@@ -1,4 +1,4 @@
-"""Growing twice is growing once by the composed plan, or the plans say that they do not compose (``GrowthPlan.then``)."""
+"""Growing twice is growing once by the composed plan, or the plans say that they do not compose."""
 
 from __future__ import annotations
 
