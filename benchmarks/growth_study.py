@@ -21,9 +21,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from math import log
@@ -33,8 +32,17 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-import yaml
-from growth_study_report import FROM_SCRATCH, NOT_GROWN, write_report
+from growth_study_arms import (
+    EQUAL_TOKENS,
+    FROM_SCRATCH,
+    NOT_GROWN,
+    SOURCES,
+    TARGETS,
+    Arm,
+    Settings,
+    arms_by_tier,
+)
+from growth_study_report import write_report
 from torch import Tensor
 
 from elle_mp.config import Config, GrowConfig, GrowthConfig, ModelConfig, OptimConfig, ParallelConfig, grown
@@ -64,143 +72,6 @@ from elle_mp.train.trainer import Trainer, check_finite
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("wb", "news", "reviews", "bio", "cs")
 PRECISION = Precision.named("bf16")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all arms share; a result of other settings is run again."""
-
-    seq_len: int = 64
-    vocab: int = 1024
-    batch: int = 16
-    lr: float = 5e-3
-    bert_lr: float = 1e-3
-    source_steps: int = 600
-    bert_source_steps: int = 600
-    steps: int = 200
-    every: int = 40
-    rewarm_steps: int = 40
-    valid_rows: int = 64
-    """Held-out sequences of each domain; twice as many for ``bert``, which predicts fewer of their tokens."""
-
-    def rate(self, family: str) -> float:
-        """A family's peak learning rate."""
-        return self.bert_lr if family == "bert" else self.lr
-
-    def source(self, family: str) -> int:
-        """Steps of a family's source model."""
-        return self.bert_source_steps if family == "bert" else self.source_steps
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to spend the FLOPs of a group."""
-
-    family: str
-    group: str
-    name: str
-    growth: Mapping[str, Any]
-
-    @property
-    def recovers(self) -> bool:
-        """Whether its first steps are the paper's recovery."""
-        return self.name.endswith(", recovery")
-
-    @property
-    def key(self) -> str:
-        """Its path below ``--runs``, without the seed."""
-        return f"{self.family}/{self.group}/{self.name}"
-
-
-SOURCES: dict[str, dict[str, Any]] = {
-    "gpt": {"layers": 3, "heads": 4, "head_dim": 16},
-    "llama": {"layers": 3, "heads": 4, "kv_groups": 2, "head_dim": 16, "mlp_ratio": 2.625},
-    "bert": {"layers": 3, "heads": 4, "head_dim": 16},
-}
-TARGETS: dict[tuple[str, str], dict[str, Any]] = {
-    ("gpt", "width1.5"): {"heads": 6},
-    ("gpt", "depth2"): {"layers": 6},
-    ("gpt", "width2"): {"heads": 8},
-    ("gpt", "inner2"): {"heads": 8, "mlp": 512, "width": 64},
-    ("llama", "width1.5"): {"heads": 6, "kv_groups": 3},
-    ("llama", "width2"): {"heads": 8, "kv_groups": 4},
-    ("bert", "depth2"): {"layers": 6},
-    ("bert", "width1.5"): {"heads": 6},
-}
-"""The sizes of each group's target; ``inner2`` grows heads and MLP alone."""
-
-
-ARMS = """
-1 gpt/width1.5    weighted:                 {width: weighted}
-1 gpt/width1.5    weighted, anneal 50:      {width: weighted, anneal: 50}
-1 gpt/width1.5    lemon:                    {width: lemon}
-1 gpt/width1.5    elle, recovery:           {width: elle}
-1 gpt/width1.5    aki:                      {width: aki}
-1 gpt/width1.5    sparkling:                {width: sparkling}
-1 gpt/width1.5    from scratch:             {}
-1 gpt/width1.5    not grown:                {}
-1 gpt/depth2      zero_out:                 {depth: zero_out}
-1 gpt/depth2      zero_out, freeze_old 50:  {depth: zero_out, freeze_old: 50}
-1 gpt/depth2      stack:                    {depth: stack}
-1 gpt/depth2      interleave:               {depth: interleave}
-1 gpt/depth2      solar:                    {depth: solar}
-1 gpt/depth2      elle, recovery:           {depth: elle}
-1 gpt/depth2      from scratch:             {}
-1 gpt/depth2      not grown:                {}
-1 gpt/width2      replicate:                {width: replicate}
-1 gpt/width2      replicate, no noise:      {width: replicate, noise_db: null}
-1 gpt/width2      replicate, reset:         {width: replicate, moments: reset}
-1 gpt/width2      replicate, mup:           {width: replicate, rate: mup}
-1 gpt/width2      replicate, asym_reset:    {width: replicate, moments: asym_reset}
-1 gpt/width2      from scratch:             {}
-1 gpt/width2      not grown:                {}
-2 gpt/width2      blockdiag:                {width: blockdiag}
-2 gpt/width2      sparkling:                {width: sparkling}
-2 gpt/width2      elle, recovery:           {width: elle}
-2 gpt/width2      aki:                      {width: aki}
-2 gpt/inner2      replicate:                {width: replicate}
-2 gpt/inner2      zero_pad:                 {width: zero_pad}
-2 gpt/inner2      from scratch:             {}
-2 llama/width1.5  iso:                      {width: iso}
-2 llama/width1.5  zero_pad:                 {width: zero_pad}
-2 llama/width1.5  elle, recovery:           {width: elle}
-2 llama/width1.5  from scratch:             {}
-2 llama/width1.5  not grown:                {}
-2 llama/width2    replicate:                {width: replicate}
-2 llama/width2    iso:                      {width: iso}
-2 llama/width2    zero_pad:                 {width: zero_pad}
-2 llama/width2    from scratch:             {}
-2 bert/depth2     gate:                     {depth: gate}
-2 bert/depth2     affine_migrate:           {depth: affine_migrate}
-2 bert/depth2     stack:                    {depth: stack}
-2 bert/depth2     interleave:               {depth: interleave}
-2 bert/depth2     from scratch:             {}
-2 bert/depth2     not grown:                {}
-2 bert/width1.5   weighted:                 {width: weighted}
-2 bert/width1.5   elle, recovery:           {width: elle}
-2 bert/width1.5   from scratch:             {}
-3 gpt/width1.5    weighted, asym_reset:     {width: weighted, moments: asym_reset}
-3 gpt/width1.5    weighted, reset:          {width: weighted, moments: reset}
-3 gpt/width1.5    weighted, mup:            {width: weighted, rate: mup}
-3 gpt/width1.5    elle:                     {width: elle}
-3 gpt/depth2      stack, scaled:            {depth: stack, moments: scaled}
-3 gpt/depth2      elle:                     {depth: elle}
-3 gpt/width2      replicate, 10 dB:         {width: replicate, noise_db: 10}
-3 gpt/width2      replicate, 0 dB:          {width: replicate, noise_db: 0}
-3 gpt/width2      replicate, rewarm:        {width: replicate, rate: rewarm}
-"""
-"""Tier, group, name and growth of every arm, the most telling first; within a tier one seed after the other."""
-
-
-def arms_by_tier() -> list[list[Arm]]:
-    """:data:`ARMS`, parsed."""
-    tiers: dict[str, list[Arm]] = {}
-    for line in ARMS.strip().splitlines():
-        head, growth = line.split(":", 1)
-        tier, group, name = head.split(None, 2)
-        family, kind = group.split("/")
-        tiers.setdefault(tier, []).append(Arm(family, kind, name, yaml.safe_load(growth)))
-    return list(tiers.values())
 
 
 class Text:
@@ -266,6 +137,8 @@ class Run:
     family: str
     model: Transformer
     optimizer: ShardedAdamW
+    every: int
+    """Steps between evaluations."""
     step: int = 0
     flops: float = 0.0
     points: list[tuple[float, int, float]] = field(default_factory=list)
@@ -321,8 +194,11 @@ class Study:
             return self._from_scratch(arm, seed)
         source = self._source(arm.family, seed)
         start = {"source_flops": source.flops, "before": source.points[-1][2]}
-        if arm.name == NOT_GROWN:
-            steps = round(self._total_flops(arm, source.flops, after_only=True) / self._cost(source.model.spec))
+        if arm.name in (NOT_GROWN, EQUAL_TOKENS):
+            steps = self._steps(arm)
+            if arm.name == NOT_GROWN:
+                steps = round(steps * self._cost(self._target(arm)) / self._cost(source.model.spec))
+            source.every *= arm.longer
             self._train(source, seed, [rate_factor(self._falling, step, steps) for step in range(steps)])
             return start | {"points": source.points, "params": parameter_count(source.model)}
         return start | self._grown(arm, seed, source)
@@ -349,14 +225,18 @@ class Study:
         """Training FLOPs of a step."""
         return training_flops_per_token(spec) * spec.positions * self.settings.batch
 
-    def _total_flops(self, arm: Arm, source: float, after_only: bool = False) -> float:
-        target = self._spec(grown(self._sizes(arm.family), GrowConfig.model_validate(self._grow(arm))))
-        return (0.0 if after_only else source) + self.settings.steps * self._cost(target)
+    def _steps(self, arm: Arm) -> int:
+        """Steps after the growth."""
+        return self.settings.steps * arm.longer
+
+    def _target(self, arm: Arm) -> ModelSpec:
+        """The larger model, as made from scratch."""
+        return self._spec(grown(self._sizes(arm.family), GrowConfig.model_validate(self._grow(arm))))
 
     def _fresh(self, sizes: ModelConfig, seed: int) -> Run:
         model = empty_model(self._spec(sizes), self.grid, PRECISION)
         initialise(model, seed)
-        return Run(sizes.family, model, ShardedAdamW(model, self._optim(sizes.family)))
+        return Run(sizes.family, model, ShardedAdamW(model, self._optim(sizes.family)), self.settings.every)
 
     def _source(self, family: str, seed: int) -> Run:
         """The trained source model, kept in a file for the other arms."""
@@ -386,7 +266,7 @@ class Study:
         source = self.settings.source(arm.family) * self._cost(self._spec(sizes))
         run = self._fresh(grown(sizes, GrowConfig.model_validate(self._grow(arm))), seed)
         cost = self._cost(run.model.spec)
-        flat, steps = round(source / cost), round(self._total_flops(arm, source) / cost)
+        flat, steps = round(source / cost), round(source / cost) + self._steps(arm)
         factors = [
             min(1.0, (step + 1) / self._warm(arm.family)) * min(1.0, 1 - (step - flat) / (steps - flat))
             for step in range(steps)
@@ -407,9 +287,17 @@ class Study:
         before: Before = measure(source.model, PRECISION, probe, mix)
         larger = grow(plan, [plan], source.model, source.optimizer, self._optim(family), PRECISION, True)
         record = prove(plan, before, larger, PRECISION, probe, mix)
-        run = Run(family, larger.model, larger.optimizer, source.step, source.flops, list(source.points))
+        run = Run(
+            family,
+            larger.model,
+            larger.optimizer,
+            source.every * arm.longer,
+            source.step,
+            source.flops,
+            list(source.points),
+        )
         run.points.append((run.flops, run.step, log(record["ppl_after"]["mix"])))
-        steps = self.settings.steps
+        steps = self._steps(arm)
         recovery = steps // 5 if arm.recovers else 0
         if recovery:
             # The paper cuts the schedule of recovery short: the rate warms up and stays high.
@@ -459,7 +347,7 @@ class Study:
             check_finite(result, f"{run.family}, step {run.step}")
             run.step += 1
             run.flops += cost
-            if (since + done) % settings.every == 0 or done == len(factors):
+            if (since + done) % run.every == 0 or done == len(factors):
                 run.points.append((run.flops, run.step, self._loss(run)))
 
     def _loss(self, run: Run) -> float:
@@ -478,6 +366,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", default=[""], help="beginnings of FAMILY/GROUP/ARM; all when not given")
+    parser.add_argument("--tiers", type=int, default=4, help="how many of the tiers of arms; the last has longer arms")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "growth-study")
     parser.add_argument("--out", type=Path, help="write FILE.md, and FILE.svg beside it")
     parser.add_argument("--notes", type=Path, help="text to put in front of the tables of FILE.md")
@@ -492,7 +381,7 @@ def main() -> None:
         seeds, runs = options.seeds[:1], options.runs / "quick"
     study = Study(Text(options.data, options.runs, settings), runs, settings)
     results: list[dict[str, Any]] = []
-    for tier in arms_by_tier():
+    for tier in arms_by_tier()[: options.tiers]:
         chosen = [arm for arm in tier if any(arm.key.startswith(name) for name in options.arms)]
         for seed in seeds:
             for arm in chosen:
@@ -504,7 +393,11 @@ def main() -> None:
                 print(
                     f"{arm.key} seed {seed}: {end:.4f} {result.get('failed', '')} {result['seconds']:.1f} s", flush=True
                 )
-        print(write_report(results, asdict(settings), options.notes, sys.argv[1:], options.out), flush=True)
+        if not options.report:
+            print(write_report(results, asdict(settings)), flush=True)
+    text = write_report(results, asdict(settings), options.notes, options.out)
+    if options.report:
+        print(text)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,14 @@ from statistics import mean, stdev
 from typing import Any
 from xml.sax.saxutils import escape
 
-FROM_SCRATCH, NOT_GROWN = "from scratch", "not grown"
+from growth_study_arms import EQUAL_TOKENS, FROM_SCRATCH, NOT_GROWN, Arm
+
 AUTO = {
     "gpt/width1.5": "weighted",
     "gpt/depth2": "zero_out",
     "gpt/width2": "replicate",
+    "gpt/width1.5-long": "weighted",
+    "gpt/depth2-long": "zero_out",
     "gpt/inner2": "replicate",
     "llama/width1.5": "iso",
     "llama/width2": "replicate",
@@ -95,32 +98,14 @@ def clear(values: Sequence[float]) -> bool:
     return count > 1 and abs(mean(values)) > T_95.get(count, 2.6) * stdev(values) / sqrt(count)
 
 
-def saving(curve: Curve, scratch: Curve | None) -> str:
-    """Share of the FLOPs of ``from scratch`` that are saved on the way to its final loss; the source is counted."""
-    if scratch is None or not scratch.final or not curve.final or curve is scratch:
-        return ""
-    target, total = mean(scratch.final.values()), scratch.points[-1][0]
-    before: tuple[float, float] | None = None
-    for flops, loss in curve.points:
-        if loss <= target:
-            at = flops if before is None else before[0] + (flops - before[0]) * _share(before[1], loss, target)
-            return f"{100 * (1 - at / total):.0f} %"
-        before = flops, loss
-    return "none"
-
-
-def _share(high: float, low: float, target: float) -> float:
-    return (high - target) / (high - low) if high > low else 1.0
-
-
 def table(group: str, curves: Sequence[Curve], steps: int, every: int) -> str:
     """One group as Markdown, ranked by the loss at the end."""
-    scratch = next((curve for curve in curves if curve.arm == FROM_SCRATCH), None)
+    still = next((curve for curve in curves if curve.arm == NOT_GROWN), None)
     auto = next((curve for curve in curves if curve.arm == AUTO.get(group)), None)
-    early, middle = every, steps // 3 // every * every or every
+    early, middle = every, steps // 2 // every * every or every
     lines = [
         f"| rank | arm | exact | jump at step 0 | loss after {early} steps | after {middle} | at the end | "
-        "against `auto`, by seed | FLOPs saved |",
+        "against `auto`, by seed | against not grown |",
         "|---" * 9 + "|",
     ]
     for rank, curve in enumerate(curves, start=1):
@@ -134,16 +119,22 @@ def table(group: str, curves: Sequence[Curve], steps: int, every: int) -> str:
         name = f"{curve.arm} (`auto`)" if curve is auto else curve.arm
         lines.append(
             f"| {rank} | {name} | {exact} | {jump} | {cells[0]} | {cells[1]} | "
-            f"**{spread(list(curve.final.values()))}** | {against(curve, auto)} | {saving(curve, scratch)} |"
+            f"**{spread(list(curve.final.values()))}** | {against(curve, auto)} | {against(curve, still)} |"
         )
     return "\n".join(lines)
 
 
-def against(curve: Curve, auto: Curve | None) -> str:
-    """The difference to ``auto`` paired by seed; a star where three seeds tell it from none."""
-    if auto is None or curve is auto:
+def longer(curves: Sequence[Curve]) -> int:
+    """How many times the usual steps the arms of a group have."""
+    item = curves[0].results[0]
+    return Arm(item["family"], item["group"], item["arm"], {}).longer
+
+
+def against(curve: Curve, other: Curve | None) -> str:
+    """The difference to another arm paired by seed; a star where the seeds tell it from none."""
+    if other is None or curve is other:
         return ""
-    pairs = [curve.final[seed] - auto.final[seed] for seed in curve.final if seed in auto.final]
+    pairs = [curve.final[seed] - other.final[seed] for seed in curve.final if seed in other.final]
     if not pairs:
         return ""
     return spread(pairs, signed=True) + (" *" if clear(pairs) else "")
@@ -187,9 +178,11 @@ def _panel(group: str, curves: Sequence[Curve]) -> str:
         *_ticks(left, end, low, high),
     ]
     for number, curve in enumerate(curves):
-        plain = curve.arm in (FROM_SCRATCH, NOT_GROWN)
+        plain = curve.arm in (FROM_SCRATCH, NOT_GROWN, EQUAL_TOKENS)
         colour = "#000000" if plain else COLOURS[number % len(COLOURS)]
-        dash = {FROM_SCRATCH: "6 3", NOT_GROWN: "2 2"}.get(curve.arm, "none" if number < len(COLOURS) else "8 2 2 2")
+        dash = {FROM_SCRATCH: "6 3", NOT_GROWN: "2 2", EQUAL_TOKENS: "1 4"}.get(
+            curve.arm, "none" if number < len(COLOURS) else "8 2 2 2"
+        )
         shown = [point for point in curve.points if point[0] >= left]
         line = " ".join(place(*point) for point in shown)
         style = f'fill="none" stroke="{colour}" stroke-width="1.6" stroke-dasharray="{dash}"'
@@ -213,20 +206,20 @@ def _ticks(left: float, end: float, low: float, high: float) -> list[str]:
 
 
 def write_report(
-    results: Sequence[Result], settings: Mapping[str, Any], notes: Path | None, command: Sequence[str], out: Path | None
+    results: Sequence[Result], settings: Mapping[str, Any], notes: Path | None = None, out: Path | None = None
 ) -> str:
     """The tables, printed; with ``out`` also a file, its picture beside it, and in it the text of ``notes``."""
     groups = groups_of(results)
     seeds = sorted({item["seed"] for item in results})
     text = "\n\n".join(
-        f"## {group}\n\n{table(group, curves, settings['steps'], settings['every'])}"
+        f"## {group}\n\n{table(group, curves, longer(curves) * settings['steps'], longer(curves) * settings['every'])}"
         for group, curves in groups.items()
     )
     if out is not None:
         said = notes.read_text(encoding="utf-8").strip() + "\n\n" if notes else ""
         processor = f"{platform.machine()}, {os.cpu_count()} cores, one thread"
         head = (
-            f"# Which growth is worth most\n\n`python benchmarks/growth_study.py {' '.join(command)}` "
+            f"# Which growth is worth most\n\n`python benchmarks/growth_study.py DATA` "
             f"({date.today()}, {processor}, seeds {', '.join(map(str, seeds))})\n\n{said}"
             f"![Loss against training FLOPs]({out.with_suffix('.svg').name})\n\n"
         )
