@@ -7,12 +7,6 @@
 ELLE_INLINE U64 MultiplyWords(U64 x, uint64_t factor) {
 #if ELLE_LEVEL >= 4
     return (U64)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(static_cast<int64_t>(factor)));
-#elif ELLE_LEVEL >= 3
-    __m256i half[2];
-    std::memcpy(half, &x, sizeof x);
-    for (__m256i& h : half) h = _mm256_mul_epu32(h, _mm256_set1_epi64x(static_cast<int64_t>(factor)));
-    std::memcpy(&x, half, sizeof x);
-    return x;
 #elif defined(__SSE2__)
     __m128i quarter[4];
     std::memcpy(quarter, &x, sizeof x);
