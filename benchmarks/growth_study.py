@@ -9,9 +9,9 @@ end there too: ``from scratch`` at the target size, and ``not grown``, the sourc
 
 The learning rate is constant after a warm-up until the growth. Then it warms up again, as ``optim.restart: phase``
 does, and falls linearly to zero. ``from scratch`` and ``not grown`` have the same course over FLOPs without the second
-warm-up. Arms called
-``recovery`` spend a fifth of their steps on recovery and drop the optimizer's state
-after it. Losses are those of fixed held-out text in fp32; training computes in bf16 with fp32 masters, on one thread.
+warm-up. Arms called ``recovery`` give a fifth of their steps to recovery, at a rate that stays high, and drop the
+optimizer's state after it. ``not grown, equal tokens`` ends earlier than its group: after as many steps. Losses are
+those of fixed held-out text in fp32; training computes in bf16 with fp32 masters, on one thread.
 
 Every finished arm is one JSON file in ``--runs`` and is not run again; growth_study_report.py draws and tabulates them.
 """

@@ -141,16 +141,17 @@ def against(curve: Curve, other: Curve | None) -> str:
 
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2", "#bcbd22", "#393b79")
-PANEL, HEIGHT, MARGIN, LEGEND = 430, 300, 50, 170
+PANEL, HEIGHT, MARGIN, LEGEND = 430, 300, 50, 200
 
 
 def picture(groups: Mapping[str, Sequence[Curve]]) -> str:
-    """Mean loss against training FLOPs, one panel a group."""
+    """Mean loss against training FLOPs, one panel a group, cut to where the grown models are."""
     rows = -(-len(groups) // 2)
     width, height = 2 * (PANEL + LEGEND + MARGIN) + 20, rows * (HEIGHT + 90) + 20
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'font-family="DejaVu Sans, Helvetica, sans-serif" font-size="11">',
+        f'<clipPath id="panel"><rect width="{PANEL}" height="{HEIGHT}"/></clipPath>',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
     for index, (group, curves) in enumerate(groups.items()):
@@ -164,13 +165,14 @@ def _panel(group: str, curves: Sequence[Curve]) -> str:
     source = max((item["source_flops"] for curve in curves for item in curve.results), default=0.0)
     end = max(curve.points[-1][0] for curve in curves)
     left = source - 0.12 * (end - source)
-    lows = [min(loss for _, loss in curve.points) for curve in curves]
+    grown = [curve for curve in curves if curve.jump is not None] or curves
+    lowest = min(mean(curve.final.values()) for curve in grown)
     before = mean(item["before"] for curve in curves for item in curve.results if "before" in item)
-    low, high = min(lows) - 0.01, before + 0.35 * (before - min(lows))
+    low, high = lowest - 0.15 * (before - lowest), before + 0.35 * (before - lowest)
 
     def place(flops: float, loss: float) -> str:
         x = (flops - left) / (end - left) * PANEL
-        return f"{x:.1f},{(high - min(loss, high)) / (high - low) * HEIGHT:.1f}"
+        return f"{x:.1f},{(high - loss) / (high - low) * HEIGHT:.1f}"
 
     parts = [
         f'<text x="0" y="-12" font-size="13" font-weight="bold">{escape(group)}: held-out loss, training FLOPs</text>',
@@ -183,10 +185,9 @@ def _panel(group: str, curves: Sequence[Curve]) -> str:
         dash = {FROM_SCRATCH: "6 3", NOT_GROWN: "2 2", EQUAL_TOKENS: "1 4"}.get(
             curve.arm, "none" if number < len(COLOURS) else "8 2 2 2"
         )
-        shown = [point for point in curve.points if point[0] >= left]
-        line = " ".join(place(*point) for point in shown)
+        line = " ".join(place(*point) for point in curve.points)
         style = f'fill="none" stroke="{colour}" stroke-width="1.6" stroke-dasharray="{dash}"'
-        parts.append(f'<polyline points="{line}" {style}/>')
+        parts.append(f'<polyline points="{line}" clip-path="url(#panel)" {style}/>')
         y = 8 + number * 17
         parts.append(f'<polyline points="{PANEL + 8},{y} {PANEL + 30},{y}" {style}/>')
         label = f"{curve.arm} {mean(curve.final.values()):.3f}"
