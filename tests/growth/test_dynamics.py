@@ -160,7 +160,7 @@ def test_training_follows_the_model_that_did_not_grow(name: str, how: str) -> No
     check_weights(after, old)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["bert", "gpt", "llama GQA"])
 def test_without_moments_or_rates_training_goes_elsewhere(name: str) -> None:
     """What each of the two does: without it the losses part."""
     old = small(name)
