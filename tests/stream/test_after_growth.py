@@ -104,13 +104,14 @@ def test_every_strategy_is_the_same_until_the_growth_and_another_after_it(finish
 
 @pytest.mark.parametrize("rate", ["mup", "asym_rewarm"])
 def test_killed_behind_a_growth_it_ends_the_same(rate: str, finished: dict[str, Path], tmp_path: Path) -> None:
-    """In the first growth's recovery, and behind the second: the factors of both come from the checkpoint."""
+    """Behind the first growth's recovery, and behind the second: the factors of both come from the checkpoints."""
     whole, folder = finished[rate], tmp_path / "run"
-    for place, done in (("step=5", 4), ("step=6", 9)):
+    for place, done in (("step=7", 6), ("step=7", 11)):
         ended = run(whole.with_name("config.yaml"), f"run.dir={folder}", strike=f"all:SIGKILL@{place}")
         assert ended.code == -signal.SIGKILL, ended.err
         assert len(lines(folder, "metrics")) == done
-    succeed(whole.with_name("config.yaml"), f"run.dir={folder}")
+    ended = succeed(whole.with_name("config.yaml"), f"run.dir={folder}")
+    assert "going on from checkpoint step-00000011-train" in ended.out
     assert record(folder) == record(whole)
 
 
