@@ -16,7 +16,7 @@ from rich.console import Console
 from elle_mp.checkpoint.offline import OfflineGrowth, grow_checkpoint
 from elle_mp.checkpoint.store import CheckpointStore
 from elle_mp.checkpoint.stream_reader import StoredTensors
-from elle_mp.config import Config, GrowConfig, ModelConfig
+from elle_mp.config import Config, GrowConfig, ModelConfig, nearest_divisors, nearest_multiples
 from elle_mp.config_file import checked_growth, overridden_config
 from elle_mp.errors import UserError
 from elle_mp.growth.layout import Layout, OldParameters, received_bytes
@@ -197,6 +197,7 @@ def _show(request: Request, growth: OfflineGrowth, console: Console) -> None:
     specs = declarations(plan.old)
     old = OldParameters(specs, {name: spec.shape(plan.old.axes) for name, spec in specs.items()})
     layout = Layout(parallel.tp, parallel.dp_shard)
+    _check_layout(plan.new, layout)
     console.print(
         plan_table(
             plan_record(plan, parameters_in(plan.old), parameters_in(plan.new)),
@@ -204,6 +205,17 @@ def _show(request: Request, growth: OfflineGrowth, console: Console) -> None:
             received_bytes(growth.growths, old, layout),
         )
     )
+
+
+def _check_layout(spec: ModelSpec, layout: Layout) -> None:
+    """Refuses a layout that cannot hold the larger model."""
+    heads = "heads" if spec.kv_groups == spec.heads else "kv_groups"
+    for what, size in ((heads, spec.kv_groups), ("mlp", spec.mlp), ("model.vocab_multiple", spec.padded_vocab)):
+        if size % layout.tp:
+            raise UserError(
+                f"grow: parallel.tp={layout.tp} does not divide {what}={size}; "
+                f"{what}={nearest_multiples(layout.tp, size)} or tp={nearest_divisors(size, layout.tp)} would do"
+            )
 
 
 def _write(request: Request, growth: OfflineGrowth, out: Path, block: int, console: Console) -> tuple[float, int]:

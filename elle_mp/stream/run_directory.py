@@ -11,6 +11,7 @@ import yaml
 
 from elle_mp.checkpoint.store import CheckpointStore
 from elle_mp.config import Config
+from elle_mp.config_file import parse_config
 from elle_mp.data.build import read_json
 from elle_mp.data.files import write_whole
 from elle_mp.errors import UserError
@@ -84,7 +85,7 @@ def _is_run(folder: Path) -> bool:
 
 def _check_same(folder: Path, config: Config) -> bool:
     """Whether the configuration is that of the run in ``folder``; another one is an error when the run has begun."""
-    difference = next(_differences(_read(folder / CONFIG), _tree(config), ""), None)
+    difference = next(_differences(_completed(_read(folder / CONFIG)), _tree(config), ""), None)
     if difference is not None and _has_begun(folder):
         key, old, new = difference
         raise UserError(
@@ -96,6 +97,14 @@ def _check_same(folder: Path, config: Config) -> bool:
 
 def _tree(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", by_alias=True)
+
+
+def _completed(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the defaults of settings that are younger than it: they say what it did without them."""
+    try:
+        return _tree(parse_config(tree))
+    except UserError:
+        return tree  # it has keys that this version does not know: named as a difference
 
 
 def _read(saved: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The program itself, with a signal at an exact place of the stream: no test has to race with it.
 
-``program.py STRIKE pretrain CONFIG ...`` runs ``elle-mp pretrain``. STRIKE is ``-`` or
+``program.py STRIKE pretrain CONFIG ...`` runs ``elle-mp pretrain``, or another command. STRIKE is ``-`` or
 ``RANK:SIGNAL[+SIGNAL]@PLACE=COUNT``: before the COUNT-th PLACE, RANK (or ``all``) sends itself the signals.
 ``program.py serve`` reads runs from standard input, forks for each, and prints its exit code.
 """
@@ -13,7 +13,9 @@ import signal
 import sys
 from typing import Any
 
+import elle_mp.stream.grow_command as grow_command
 import elle_mp.stream.runner as runner
+from elle_mp.checkpoint.offline import OfflineGrowth
 from elle_mp.cli.main import main
 from elle_mp.observe.journal import Journal
 
@@ -22,6 +24,8 @@ PLACES: dict[str, tuple[Any, str]] = {
     "grew": (Journal, "grew"),
     "evaluation": (Journal, "evaluation"),
     "results": (Journal, "results"),
+    "block": (OfflineGrowth, "produce"),
+    "close": (grow_command, "close_grown"),
 }
 
 

@@ -143,7 +143,12 @@ def run(config: Path, *overrides: str, ranks: int = 1, strike: str | None = None
     Args:
         strike: ``RANK:SIGNAL[+SIGNAL]@PLACE=COUNT``, a signal at an exact place, see ``tests/stream/program.py``.
     """
-    arguments = [strike or "-", "pretrain", str(config), *overrides]
+    return call("pretrain", str(config), *overrides, ranks=ranks, strike=strike)
+
+
+def call(*given: str, ranks: int = 1, strike: str | None = None) -> Ended:
+    """Runs any command of the program as :func:`run` does."""
+    arguments = [strike or "-", *given]
     free = servers()
     mine = [free.get() for _ in range(ranks)]
     port = free_port()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,8 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
+from elle_mp.checkpoint.store import CheckpointStore
+from elle_mp.checkpoint.stream_reader import StoredTensors
 from tests.stream.runs import (
+    call,
     command,
     config_of,
     finish,
@@ -52,6 +58,56 @@ def test_killed_anywhere_it_ends_the_same(tmp_path: Path) -> None:
     assert record(folder) == record(whole)
     left = [path.name for path in folder.rglob("*") if ".tmp-" in path.name or ".writing-" in path.name]
     assert left == []
+
+
+def test_what_growth_leaves_to_the_optimizer_survives_kills(tmp_path: Path) -> None:
+    """Rates and epsilons of each entry, what is old, and since when: all follow from the lineage in the checkpoint."""
+    growth = {"rate": "mup", "freeze_old": 4, "width": "weighted"}
+    config = write_stream(tmp_path, "gpt", growth=growth, checkpoint={"every": 2})
+    whole, folder = tmp_path / "run", tmp_path / "killed"
+    succeed(config)
+    for place in ("grew=1", "step=4", "grew=1", "step=1", "step=7"):  # before, and after the first save that is grown
+        ended = run(config, f"run.dir={folder}", strike=f"all:SIGKILL@{place}")
+        assert ended.code == KILLED, (place, ended.err)
+        if place == "step=4":
+            state = CheckpointStore(folder / "checkpoints").meta("step-00000010-recover")["state"]
+            assert (state["growth_step"], len(state["lineage"]), state["lineage"][0]["rate"]) == (8, 1, "mup")
+    succeed(config, f"run.dir={folder}")
+    assert record(folder) == record(whole)
+    stored = [StoredTensors(at / "checkpoints" / "stage-2-c") for at in (whole, folder)]
+    states = [item.meta["state"] for item in stored]
+    assert states[0]["lineage"] == states[1]["lineage"] and [state["growth_step"] for state in states] == [21, 21]
+    for name, (shape, _) in stored[0].tensors.items():
+        bounds = tuple((0, size) for size in shape)
+        assert torch.equal(*(item.read(name, bounds) for item in stored)), name
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """Its configuration and its checkpoints lack what is new; the defaults are what it did without."""
+    config, folder = config_of(reference("gpt")), tmp_path / "run"
+    succeed(config, f"run.dir={folder}", strike="all:SIGTERM@step=15")
+    saved = folder / "config.yaml"
+    header, tree = saved.read_text().split("\n", 1)[0], yaml.safe_load(saved.read_text())
+    for section, keys in (("growth", ("rate", "rewarm_steps", "freeze_old", "anneal")), ("model", ("width", "vocab"))):
+        for key in keys:
+            del tree[section][key]
+    for stage in tree["stream"][1:]:
+        for key in ("head_dim", "width", "seq_len", "vocab"):
+            del stage["grow"][key]
+    saved.write_text(f"{header}\n{yaml.safe_dump(tree, sort_keys=False)}")
+    for meta in folder.glob("checkpoints/*/meta.json"):
+        content = json.loads(meta.read_text())
+        for part, keys in (("state", ("lineage", "growth_step")), ("model", ("rope_exponents", "live_vocab"))):
+            for key in keys:
+                del content["meta"][part][key]
+        meta.write_text(json.dumps(content))
+    ended = run(config, f"run.dir={folder}", "growth.rate=mup")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "growth.rate=auto, not mup" in ended.err
+    text = f"a={reference('gpt').parent / 'a.jsonl'}"
+    assert call("evaluate", str(folder), "--data", text).code == 0
+    succeed(config, f"run.dir={folder}")
+    assert record(folder) == record(reference("gpt"))
 
 
 def test_killed_from_outside_it_ends_the_same(tmp_path: Path) -> None:
