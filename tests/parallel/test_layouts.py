@@ -65,9 +65,9 @@ def run(family: str, layout: dict[str, int], dropout: float) -> dict[str, Any]:
         trainer = Trainer(model, optimizer, micro=1, dropout_seed=3)
         inner = optimizer.step
 
-        def recording(factor: float, inner: Any = inner, model: Any = model) -> float:
+        def recording(factor: float, after: Any, inner: Any = inner, model: Any = model) -> float:
             seen["gradients"].append(gradients(model))
-            return inner(factor)
+            return inner(factor, after)
 
         optimizer.step = recording  # type: ignore[method-assign]
         first, last = rows_of(place, ROWS)
