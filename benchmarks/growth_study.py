@@ -366,7 +366,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--arms", nargs="+", default=[""], help="beginnings of FAMILY/GROUP/ARM; all when not given")
-    parser.add_argument("--tiers", type=int, default=4, help="how many of the tiers of arms; the last has longer arms")
+    parser.add_argument("--tiers", type=int, default=5, help="how many of the tiers of arms; the last has longer arms")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "growth-study")
     parser.add_argument("--out", type=Path, help="write FILE.md, and FILE.svg beside it")
     parser.add_argument("--notes", type=Path, help="text to put in front of the tables of FILE.md")

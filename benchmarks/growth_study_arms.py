@@ -114,25 +114,18 @@ ARMS = """
 2 gpt/width2      aki:                      {width: aki}
 2 gpt/inner2      replicate:                {width: replicate}
 2 gpt/inner2      zero_pad:                 {width: zero_pad}
-2 gpt/inner2      from scratch:             {}
 2 llama/width1.5  iso:                      {width: iso}
 2 llama/width1.5  zero_pad:                 {width: zero_pad}
 2 llama/width1.5  elle, recovery:           {width: elle}
-2 llama/width1.5  from scratch:             {}
-2 llama/width1.5  not grown:                {}
 2 llama/width2    replicate:                {width: replicate}
 2 llama/width2    iso:                      {width: iso}
 2 llama/width2    zero_pad:                 {width: zero_pad}
-2 llama/width2    from scratch:             {}
 2 bert/depth2     gate:                     {depth: gate}
 2 bert/depth2     affine_migrate:           {depth: affine_migrate}
 2 bert/depth2     stack:                    {depth: stack}
 2 bert/depth2     interleave:               {depth: interleave}
-2 bert/depth2     from scratch:             {}
-2 bert/depth2     not grown:                {}
 2 bert/width1.5   weighted:                 {width: weighted}
 2 bert/width1.5   elle, recovery:           {width: elle}
-2 bert/width1.5   from scratch:             {}
 3 gpt/width1.5    weighted, asym_reset:     {width: weighted, moments: asym_reset}
 3 gpt/width1.5    weighted, reset:          {width: weighted, moments: reset}
 3 gpt/width1.5    weighted, mup:            {width: weighted, rate: mup}
@@ -142,14 +135,21 @@ ARMS = """
 3 gpt/width2      replicate, 10 dB:         {width: replicate, noise_db: 10}
 3 gpt/width2      replicate, 0 dB:          {width: replicate, noise_db: 0}
 3 gpt/width2      replicate, rewarm:        {width: replicate, rate: rewarm}
-3 gpt/width1.5    not grown, equal tokens:  {}
-3 llama/width1.5  not grown, equal tokens:  {}
-3 bert/depth2     not grown, equal tokens:  {}
-4 gpt/width1.5-long  weighted:              {width: weighted}
-4 gpt/width1.5-long  lemon:                 {width: lemon}
-4 gpt/width1.5-long  not grown:             {}
-4 gpt/depth2-long    zero_out:              {depth: zero_out}
-4 gpt/depth2-long    stack:                 {depth: stack}
+4 gpt/width1.5    not grown, equal tokens:  {}
+4 llama/width1.5  not grown, equal tokens:  {}
+4 bert/depth2     not grown, equal tokens:  {}
+4 gpt/inner2      from scratch:             {}
+4 llama/width1.5  from scratch:             {}
+4 llama/width1.5  not grown:                {}
+4 llama/width2    from scratch:             {}
+4 bert/depth2     from scratch:             {}
+4 bert/depth2     not grown:                {}
+4 bert/width1.5   from scratch:             {}
+5 gpt/width1.5-long  weighted:              {width: weighted}
+5 gpt/width1.5-long  lemon:                 {width: lemon}
+5 gpt/width1.5-long  not grown:             {}
+5 gpt/depth2-long    zero_out:              {depth: zero_out}
+5 gpt/depth2-long    stack:                 {depth: stack}
 """
 """Tier, group, name and growth of every arm, the most telling first; within a tier one seed after the other."""
 
