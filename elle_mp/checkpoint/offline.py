@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -184,15 +185,36 @@ def parts(growth: TensorGrowth, bounds: Bounds, reads: tuple[str, ...], entries:
         entries: ``None`` for no limit.
     """
     have = _needed(growth, bounds, reads)
-    cuts = [] if entries is None or have <= entries else [_cut(bounds, *place) for place in _places(growth, bounds)]
-    if not cuts:
+    if entries is None or have <= entries:
         yield bounds
         return
-    costs = [[_needed(growth, part, reads) for part in cut] for cut in cuts]
-    # The cut that helps most, else one after which the next may help: the copies of a head read the same.
-    best = min(range(len(cuts)), key=lambda index: (max(costs[index]) >= have, sum(costs[index])))
-    for part in cuts[best]:
+    pieces = _runs(growth, bounds) or _best_cut(growth, bounds, reads, have) or ()
+    for part in pieces:
         yield from parts(growth, part, reads, entries)
+    if not pieces:
+        yield bounds
+
+
+def _runs(growth: TensorGrowth, bounds: Bounds) -> list[Bounds]:
+    """Parts whose rows stand together in the old tensor, if the block's are scattered there (random maps, a table that
+    begins anew behind its end): what lies between would be read in vain."""
+    item, (start, stop) = growth.dims[0], bounds[0]
+    if item is None or bool((item.fill[start:stop] == int(Fill.MEAN)).any()):
+        return []
+    first, last = item.source_range(start, stop)
+    places = (item.item.index[start:stop].diff().abs() > 1).nonzero().flatten() + start + 1
+    if last - first <= 2 * (stop - start) or not len(places):
+        return []
+    ends = [start, *places.tolist(), stop]
+    return [((low, high), *bounds[1:]) for low, high in pairwise(ends)]
+
+
+def _best_cut(growth: TensorGrowth, bounds: Bounds, reads: tuple[str, ...], have: int) -> tuple[Bounds, Bounds] | None:
+    """Two halves, where it helps most, else where the next cut may: the copies of a head read the same."""
+    cuts = [_cut(bounds, *place) for place in _places(growth, bounds)]
+    costs = [[_needed(growth, part, reads) for part in cut] for cut in cuts]
+    order = sorted(range(len(cuts)), key=lambda index: (max(costs[index]) >= have, sum(costs[index])))
+    return cuts[order[0]] if order else None
 
 
 def _needed(growth: TensorGrowth, bounds: Bounds, reads: tuple[str, ...]) -> int:
@@ -206,21 +228,14 @@ def _cut(bounds: Bounds, dim: int, place: int) -> tuple[Bounds, Bounds]:
 
 
 def _places(growth: TensorGrowth, bounds: Bounds) -> Iterator[tuple[int, int]]:
-    """Where a block may be cut: dimension and global index. In its middle, and where the sources begin anew."""
+    """Where a block may be cut, nearest to its middle: dimension and global index."""
     for dim, (item, (start, stop)) in enumerate(zip(growth.dims, bounds, strict=True)):
-        if stop - start < 2:
-            continue
-        may = torch.ones(stop - start - 1, dtype=torch.bool)
+        may = torch.ones(max(stop - start - 1, 0), dtype=torch.bool)
         if growth.noise is not None and dim == len(bounds) - 1 and item is not None:
             may = _between_units(item, start, stop)
-        kinds = [may]
-        if item is not None:
-            index = item.item.index[start:stop]
-            kinds.append(may & (index[1:] < index[:-1]))
-        for kind in kinds:
-            places = kind.nonzero().flatten() + start + 1
-            if len(places):
-                yield dim, int(places[(places - (start + stop) // 2).abs().argmin()])
+        places = may.nonzero().flatten() + start + 1
+        if len(places):
+            yield dim, int(places[(places - (start + stop) // 2).abs().argmin()])
 
 
 def _between_units(item: DimGrowth, start: int, stop: int) -> Tensor:
