@@ -46,7 +46,7 @@ def prove_offline(
 ) -> None:
     """Runs both checkpoints, prints the comparison, and keeps it in the new checkpoint's growth record.
 
-    Layers are read one at a time, unless all weights fit ``limit`` bytes; only then perplexities are measured.
+    Logits are taken in fp64, one layer at a time; perplexities as trained, and only where all weights fit ``limit`` bytes.
 
     Raises:
         UserError: the plan said that it is exact, and the logits differ.
@@ -62,12 +62,12 @@ def prove_offline(
     batch = fixed_batch(old_spec, config.run.seed)
     measures = _perplexities(config, run_dir, old_spec, state, console)
     grown = StoredTensors(out / "checkpoints" / name)
-    resident = largest_resident() + streaming_bytes(new_spec, ROWS * LONGEST) + _weights_bytes(grown) < limit
-    if not resident and measures is not None:
-        console.print("note: the weights in fp64 do not fit --max-memory: logits are compared, perplexities not")
+    fits = largest_resident() + streaming_bytes(new_spec, ROWS * LONGEST) + _weights_bytes(grown) < limit
+    if not fits and measures is not None:
+        console.print("note: the weights do not fit --max-memory: logits are compared, perplexities not")
         measures = None
-    before, ppl_before = _measure(old_spec, source, batch, resident, measures)[:2]
-    after, ppl_after, model = _measure(new_spec, grown, batch, resident, measures)
+    before, ppl_before = _measure(old_spec, source, batch, measures)[:2]
+    after, ppl_after, model = _measure(new_spec, grown, batch, measures)
     absolute, relative = largest_difference(before, after[..., : before.shape[-1]], model)
     record |= {
         "max_logit_diff": absolute,
@@ -109,11 +109,14 @@ def _measure(
     spec: ModelSpec,
     tensors: StoredTensors,
     batch: Batch,
-    resident: bool,
     measures: Callable[[Transformer], dict[str, float]] | None,
 ) -> tuple[torch.Tensor, dict[str, float], Transformer]:
-    model = stored_model(spec, tensors, DOUBLE, resident)
-    return fixed_logits(model, batch), measures(model) if measures is not None else {}, model
+    """Logits of ``batch`` in fp64, and perplexities in the masters' precision: they read far more text."""
+    masters = tensors.tensors["model.token_table"][1]
+    model = stored_model(spec, tensors, DOUBLE, resident=False)
+    logits = fixed_logits(model, batch)
+    ppl = {} if measures is None else measures(stored_model(spec, tensors, masters, resident=True))
+    return logits, ppl, model
 
 
 def _perplexities(
@@ -143,5 +146,5 @@ def _perplexities(
 
 
 def _weights_bytes(tensors: StoredTensors) -> int:
-    """Bytes of the weights in fp64."""
+    """Bytes of the weights in fp64: twice those that are held, for what reading makes."""
     return sum(prod(shape) * 8 for name, (shape, _) in tensors.tensors.items() if name.startswith("model."))
