@@ -46,7 +46,7 @@ def prove_offline(
 ) -> None:
     """Runs both checkpoints, prints the comparison, and keeps it in the new checkpoint's growth record.
 
-    Logits are taken in fp64, one layer at a time; perplexities as trained, and only where all weights fit ``limit`` bytes.
+    Logits are taken in fp64, one layer at a time; perplexities as trained, and only where all weights fit.
 
     Raises:
         UserError: the plan said that it is exact, and the logits differ.
