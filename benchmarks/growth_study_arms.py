@@ -126,16 +126,17 @@ ARMS = """
 2 bert/depth2     interleave:               {depth: interleave}
 2 bert/width1.5   weighted:                 {width: weighted}
 2 bert/width1.5   elle, recovery:           {width: elle}
-3 gpt/width1.5    weighted, asym_reset:     {width: weighted, moments: asym_reset}
-3 gpt/width1.5    weighted, reset:          {width: weighted, moments: reset}
-3 gpt/width1.5    weighted, mup:            {width: weighted, rate: mup}
-3 gpt/width1.5    elle:                     {width: elle}
-3 gpt/depth2      stack, scaled:            {depth: stack, moments: scaled}
-3 gpt/depth2      elle:                     {depth: elle}
-3 gpt/width2      replicate, 10 dB:         {width: replicate, noise_db: 10}
+3 gpt/width1.5    weighted, 0 dB:           {width: weighted, noise_db: 0}
 3 gpt/width2      replicate, 0 dB:          {width: replicate, noise_db: 0}
+3 gpt/width2      replicate, 10 dB:         {width: replicate, noise_db: 10}
+3 gpt/width1.5    weighted, asym_reset:     {width: weighted, moments: asym_reset}
+3 gpt/width1.5    weighted, mup:            {width: weighted, rate: mup}
+3 gpt/width1.5    not grown, equal tokens:  {}
+3 gpt/width1.5-long  weighted, 0 dB:        {width: weighted, noise_db: 0}
+3 gpt/width1.5    weighted, reset:          {width: weighted, moments: reset}
 3 gpt/width2      replicate, rewarm:        {width: replicate, rate: rewarm}
-4 gpt/width1.5    not grown, equal tokens:  {}
+3 gpt/depth2      stack, scaled:            {depth: stack, moments: scaled}
+3 gpt/width1.5    elle:                     {width: elle}
 4 llama/width1.5  not grown, equal tokens:  {}
 4 bert/depth2     not grown, equal tokens:  {}
 4 gpt/inner2      from scratch:             {}
