@@ -14,6 +14,9 @@ from elle_mp.growth.tensors import TensorGrowth, moment_factor
 from elle_mp.ops.expand import Noise, expand, noise_key
 from elle_mp.ops.random import Bounds, normal_block
 
+DRAWN = 1 << 18
+"""Random numbers drawn at a time: their temporaries are several times as large."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -155,20 +158,23 @@ def _fill_means(
     scales: tuple[Tensor | None, ...],
     out: Tensor,
 ) -> None:
-    """Units along ``dim`` that hold the mean over the old axis."""
+    """Units along ``dim`` that hold the mean over the old axis: one line of the tensor, whatever its size."""
     item = growth.dims[dim]
     start, stop = bounds[dim]
     if item is None or not bool((item.fill[start:stop] == int(Fill.MEAN)).any()):
         return
-    size = source.values.shape[dim]
-    mean = _sum(source.values, dim) / size
-    values = torch.empty_like(out)
-    shape = list(source.values.shape)
-    wide = Block(mean.expand(shape).contiguous(), source.bounds)
-    plain = tuple(None if index == dim else scale for index, scale in enumerate(scales))
-    _expand(growth, wide, bounds, plain, values, None)
-    chosen = _along(item.fill[start:stop] == int(Fill.MEAN), dim, out)
-    out.copy_(torch.where(chosen, values, out))
+    line = _sum(source.values, dim) / source.values.shape[dim]
+    for index, other in enumerate(growth.dims):
+        if other is None or index == dim:
+            continue
+        first, last = bounds[index]
+        line = line.index_select(index, (other.item.index[first:last] - source.bounds[index][0]).to(line.device))
+        scale = scales[index]
+        if scale is not None:
+            line = (line * _along(scale[first:last], index, line)).to(out.dtype)
+    places = torch.nonzero(item.fill[start:stop] == int(Fill.MEAN)).squeeze(1).to(out.device)
+    shape = [len(places) if index == dim else size for index, size in enumerate(out.shape)]
+    out.index_copy_(dim, places, line.to(out.dtype).expand(shape))
 
 
 def _sum(values: Tensor, dim: int) -> Tensor:
@@ -182,9 +188,17 @@ def _sum(values: Tensor, dim: int) -> Tensor:
 
 
 def _fill_random(growth: TensorGrowth, bounds: Bounds, out: Tensor) -> None:
-    """Entries that are new and free: as at initialisation, by global index."""
+    """Entries that are new and free: as at initialisation, by global index, some rows at a time."""
     if not any(item is not None and item.has(Fill.RANDOM) for item in growth.dims):
         return
+    (start, stop), rest = bounds[0], bounds[1:]
+    rows = max(1, DRAWN * (stop - start) // out.numel())
+    for first in range(start, stop, rows):
+        last = min(first + rows, stop)
+        _fill_random_rows(growth, ((first, last), *rest), out[first - start : last - start])
+
+
+def _fill_random_rows(growth: TensorGrowth, bounds: Bounds, out: Tensor) -> None:
     places = _any(growth, bounds, Fill.RANDOM) & ~_any(growth, bounds, Fill.ZERO)
     if not bool(places.any()):
         return
