@@ -138,7 +138,8 @@ class GrowthConfig(Section):
     """How the model grows between domains (growth.md)."""
 
     width: str = "auto"
-    """How embed, heads and MLP units are mapped. ``auto`` takes what is exact for the family and the sizes. Exact:
+    """How embed, heads and MLP units are mapped. ``auto``: ``replicate`` for a whole multiple of the width, else
+    ``iso`` (llama), ``lemon`` (gpt) or ``weighted`` (bert, and norms that are weighted already). Exact:
     ``replicate``, ``weighted``, ``iso``, ``lemon``, ``zero_pad``, ``blockdiag``. Not exact, and accepted by their name:
     ``sparkling`` (exact for whole multiples), ``aki``, ``elle`` (the paper's random maps and copy noise)."""
     depth: str = "auto"

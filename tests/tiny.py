@@ -149,6 +149,15 @@ def plan_of(
     return make_plan(spec, new, GrowthConfig.model_validate(growth), seed=7), new
 
 
+def copying_plan_of(
+    spec: ModelSpec, sizes: ModelConfig, grow: Mapping[str, Any], **growth: Any
+) -> tuple[GrowthPlan, ModelConfig]:
+    """As :func:`plan_of`, with the exact strategy that only copies: gradients and steps map, too."""
+    whole = grown(sizes, GrowConfig.model_validate(grow)).embed % spec.embed == 0
+    width = "replicate" if whole else "iso" if spec.rms_norm else "weighted"
+    return plan_of(spec, sizes, grow, **{"width": width} | growth)
+
+
 def apply(
     plan: GrowthPlan, old: Transformer, old_moments: Mapping[str, Moments], **optim: Any
 ) -> tuple[Transformer, ShardedAdamW, int]:

@@ -272,5 +272,13 @@ class Elle(WidthStrategy):
 
 
 def automatic(old: ModelSpec, new: ModelSpec) -> str:
-    """The strategy that ``growth.width: auto`` takes: exact for the family and the sizes."""
-    return "replicate" if new.embed % old.embed == 0 else _exact_instead(old)
+    """The strategy that ``growth.width: auto`` takes: exact for the family and the sizes.
+
+    Where both ``lemon`` and ``weighted`` are exact it is ``lemon``, which learns faster afterwards
+    (benchmarks/results/growth-study-2026-11-25.md) and leaves ordinary norms.
+    """
+    if new.embed % old.embed == 0:
+        return "replicate"
+    if old.pre_norm and not old.rms_norm and not old.weighted_norms:
+        return "lemon"
+    return _exact_instead(old)

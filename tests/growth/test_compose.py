@@ -23,6 +23,7 @@ from tests.tiny import (
     FAMILIES,
     apply,
     config_of,
+    copying_plan_of,
     grid,
     model_of,
     moments,
@@ -60,7 +61,7 @@ def plans(name: str, *grows: dict[str, int], **growth: Any) -> list[GrowthPlan]:
     spec, sizes = spec_of(**MODELS[name]), config_of(**MODELS[name]).model
     out = []
     for grow in grows:
-        plan, sizes = plan_of(spec, sizes, grow, **PLAIN | growth)
+        plan, sizes = copying_plan_of(spec, sizes, grow, **PLAIN | growth)
         spec = plan.new
         out.append(plan)
     return out
@@ -201,9 +202,9 @@ def test_what_does_not_compose_says_so(case: str) -> None:
     name, (one, two), (first_growth, second_growth), word = REFUSED[case]
     changes = {"width": 32} if "width" in two else {}
     spec, sizes = spec_of(**MODELS[name] | changes), config_of(**MODELS[name] | changes).model
-    first, middle = plan_of(spec, sizes, one, **PLAIN | first_growth)
+    first, middle = copying_plan_of(spec, sizes, one, **PLAIN | first_growth)
     start = spec if case == "another model" else first.new
-    second, _ = plan_of(start, sizes if case == "another model" else middle, two, **PLAIN | second_growth)
+    second, _ = copying_plan_of(start, sizes if case == "another model" else middle, two, **PLAIN | second_growth)
     with pytest.raises(ValueError, match=word):
         first.then(second)
 

@@ -24,6 +24,7 @@ from tests.tiny import (
     FAMILIES,
     apply,
     config_of,
+    copying_plan_of,
     gradients,
     grid,
     model_of,
@@ -86,7 +87,7 @@ class Training:
 
     def grown(self, grow: dict[str, int], **growth: Any) -> Training:
         """The larger model; its optimizer has the rates of all its growths. This one stays as it is."""
-        plan, sizes = plan_of(self.model.spec, self.sizes, grow, **{"noise_db": None, "rate": "mup"} | growth)
+        plan, sizes = copying_plan_of(self.model.spec, self.sizes, grow, **{"noise_db": None, "rate": "mup"} | growth)
         assert plan.exact
         larger = empty_model(plan.new, self.model.grid, Precision(torch.float64, torch.float64))
         lineage = (*self.lineage, plan)
@@ -128,7 +129,7 @@ def test_gradients_of_copies_are_r_times_the_source_s(model_name: str, grow: dic
     sizes = MODELS[model_name]
     old = model_of(spec_of(**sizes), grid())
     grow = grow | ({"kv_groups": grow["heads"] // 2} if sizes.get("kv_groups") else {})
-    plan, _ = plan_of(old.spec, config_of(**sizes).model, grow, noise_db=None)
+    plan, _ = copying_plan_of(old.spec, config_of(**sizes).model, grow, noise_db=None)
     new, _, _ = apply(plan, old, optimizer_of(old).moments)
     tokens, domain, targets = text(4)
     for model in (old, new):
@@ -193,6 +194,16 @@ def test_beside_what_is_added_the_old_goes_on_as_it_would(name: str, what: str) 
     assert apart(wanted, after.train(0, STEPS, RESTS)) < 1e-8
     if what in ("longer heads", "layers"):
         assert apart(wanted, learning.train(0, STEPS)) > 1e-4
+
+
+@pytest.mark.parametrize(("name", "grow"), [("llama", {"heads": 6, "mlp": 57}), ("gpt", {"mlp": 57, "heads": 6})])
+def test_beside_padding_the_old_goes_on_as_it_would(name: str, grow: dict[str, int]) -> None:
+    """Of ``zero_pad`` too: what is new is read or written with zeros, while it rests."""
+    old = small(name, **({"width": 32} if name == "gpt" else {}))
+    after, learning = old.grown(grow, width="zero_pad"), old.grown(grow, width="zero_pad")
+    wanted = old.train(0, STEPS)
+    assert apart(wanted, after.train(0, STEPS, RESTS)) < 1e-8
+    assert apart(wanted, learning.train(0, STEPS)) > 1e-4
 
 
 def test_step_counts_go_on_where_moments_do_and_restart_in_new_layers() -> None:
@@ -282,7 +293,7 @@ def test_noise_cancels_over_copies_and_has_the_strength_asked_for(family: str) -
     grow = {"heads": 8, "mlp": 80}
     grown = {}
     for noise in (None, 20.0):
-        plan, _ = plan_of(old.spec, config_of(family).model, grow, noise_db=noise)
+        plan, _ = copying_plan_of(old.spec, config_of(family).model, grow, noise_db=noise)
         grown[noise], _, _ = apply(plan, old, optimizer_of(old).moments)
     clean, noisy = weights(grown[None]), weights(grown[20.0])
     for name, units in (("layers.0.mlp.out_weight", 40), ("layers.0.attention.qkv_weight", 32)):

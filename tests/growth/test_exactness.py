@@ -14,6 +14,7 @@ from tests.growth.oracle import Growth
 from tests.tiny import (
     apply,
     config_of,
+    copying_plan_of,
     grid,
     logits,
     model_of,
@@ -131,7 +132,7 @@ def test_auto_takes_what_is_exact_for_the_family() -> None:
         ("bert", 8, "replicate", "gate"),
         ("bert", 6, "weighted", "gate"),
         ("gpt", 8, "replicate", "zero_out"),
-        ("gpt", 6, "weighted", "zero_out"),
+        ("gpt", 6, "lemon", "zero_out"),
         ("llama", 8, "replicate", "zero_out"),
         ("llama", 6, "iso", "zero_out"),
     ):
@@ -139,8 +140,10 @@ def test_auto_takes_what_is_exact_for_the_family() -> None:
         plan, _ = plan_of(spec_of(**MODELS[model]), config.model, {"heads": heads, "layers": 3})
         assert (plan.width, plan.depth, plan.moments) == (width, depth, "scaled")
         assert plan.new.weighted_norms is (width == "weighted")
-        ratio = 32 / 48 if width == "iso" else 1.0
+        ratio = 32 / 48 if width in ("iso", "lemon") else 1.0
         assert plan.new.norm_eps == pytest.approx(plan.old.norm_eps * ratio, rel=1e-14)
+    weighted, sizes = plan_of(spec_of("gpt"), config_of("gpt").model, {"heads": 6}, width="weighted")
+    assert plan_of(weighted.new, sizes, {"heads": 8})[0].width == "weighted"  # lemon wants plain statistics
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -149,7 +152,7 @@ def test_weights_and_moments_are_those_of_the_tables(model: str, grow: dict[str,
     old = model_of(spec_of(**MODELS[model]), grid())
     optimizer = optimizer_of(old)
     scatter_moments(old, optimizer, seed=5, step=9)
-    plan, _ = plan_of(old.spec, config_of(**MODELS[model]).model, grow, noise_db=None)
+    plan, _ = copying_plan_of(old.spec, config_of(**MODELS[model]).model, grow, noise_db=None)
     before, state = weights(old), moments(optimizer)
     new, grown_optimizer, _ = apply(plan, old, optimizer.moments)
     tables = Growth(plan.old, plan.new, plan.width == "iso")

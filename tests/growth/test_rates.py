@@ -21,7 +21,7 @@ from elle_mp.growth.width import WidthStrategy
 from elle_mp.models.declarations import declarations
 from elle_mp.train.optimizer import ShardedAdamW
 from tests.growth.oracle import Growth
-from tests.tiny import apply, config_of, grid, model_of, optimizer_of, plan_of, spec_of, text, weights
+from tests.tiny import apply, config_of, copying_plan_of, grid, model_of, optimizer_of, spec_of, text, weights
 
 MODELS: dict[str, dict[str, Any]] = {
     "bert": {"family": "bert"},
@@ -43,7 +43,7 @@ def planned(name: str, *grows: dict[str, int], **growth: Any) -> list[GrowthPlan
     spec, sizes = spec_of(**MODELS[name]), config_of(**MODELS[name]).model
     out = []
     for grow in grows:
-        plan, sizes = plan_of(spec, sizes, grow, **PLAIN | growth)
+        plan, sizes = copying_plan_of(spec, sizes, grow, **PLAIN | growth)
         spec = plan.new
         out.append(plan)
     return out
@@ -83,7 +83,9 @@ def test_only_mup_changes_rates_for_good(rate: str) -> None:
 def test_rates_outlast_a_growth_that_keeps_them() -> None:
     """The second growth has another rate strategy: the first one's factors follow the copies and stay."""
     (first,) = planned("gpt", {"heads": 8, "mlp": 80})
-    second, _ = plan_of(first.new, config_of("gpt", heads=8, mlp=80).model, {"heads": 12}, noise_db=None, rate="keep")
+    second, _ = copying_plan_of(
+        first.new, config_of("gpt", heads=8, mlp=80).model, {"heads": 12}, noise_db=None, rate="keep"
+    )
     before, after = factors_of([first], declarations), factors_of([first, second], declarations)
     name = "layers.0.mlp.in_weight"
     assert entries(before[name].rate, shapes(first)[name]).unique().tolist() == [0.5]
