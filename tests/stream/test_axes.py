@@ -27,9 +27,9 @@ FAMILIES = ("gpt", "bert", "llama")
 @pytest.fixture(scope="module", params=FAMILIES)
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of an uninterrupted run; its configuration lies beside it."""
-    config = write_stream(
-        tmp_path_factory.mktemp(request.param), request.param, stream=STREAM, growth={"anneal": ANNEAL}
-    )
+    family = request.param
+    growth = {"anneal": ANNEAL, "width": "iso" if family == "llama" else "weighted"}
+    config = write_stream(tmp_path_factory.mktemp(family), family, stream=STREAM, growth=growth)
     succeed(config)
     return config.with_name("run")
 
