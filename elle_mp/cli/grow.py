@@ -24,7 +24,11 @@ def grow(
         bool, typer.Option("--dry-run", help="Show the plan and write nothing; OUT may be left out.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare logits, and perplexities where the text is at hand.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Check the old checkpoint's hashes; compare logits, and perplexities where the text is at hand.",
+        ),
     ] = False,
     max_memory: Annotated[
         str, typer.Option("--max-memory", metavar="SIZE", help="Of each process, for example 4G or 800M.")

@@ -41,7 +41,7 @@ from tests.tiny import (
 
 LAYOUTS: dict[str, dict[str, int]] = {"one": {}, "tp2": {"tp": 2}, "dp_shard2": {"dp_shard": 2}}
 READ_UNDER = {"one": "one", "tp2": "dp_shard2", "dp_shard2": "tp2"}
-BLOCK = 2000
+BLOCK = 3000
 """Bytes: a few rows of a matrix, and less than any old matrix."""
 
 

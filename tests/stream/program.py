@@ -67,6 +67,8 @@ def serve() -> list[str] | None:
 if __name__ == "__main__":
     given = sys.argv[1:]
     if given == ["serve"]:
+        import torch._dynamo  # noqa: F401  (which torch imports with the first DTensor, for most of a second)
+
         import elle_mp.stream.run  # noqa: F401  (what the command imports when it starts)
 
         given = serve() or sys.exit()
