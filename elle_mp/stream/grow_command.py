@@ -228,6 +228,9 @@ def _write(request: Request, growth: OfflineGrowth, out: Path, block: int, conso
     state.growth_step = state.global_step
     meta = request.meta | {"state": state.to_json(), "model": request.plan.new.to_json()}
     with byte_progress(console, "growing", total // dist.get_world_size()) as advance:
-        store = CheckpointStore(out / "checkpoints")
-        grow_checkpoint(growth, store, f"{request.name}-grown", meta, block, advance)
-    return time.perf_counter() - began, total
+        store, name = CheckpointStore(out / "checkpoints"), f"{request.name}-grown"
+        grow_checkpoint(growth, store, name, meta, block, advance)
+    seconds = time.perf_counter() - began
+    state.growth["seconds"] = seconds
+    on_first_rank(lambda: store.set_meta(name, meta | {"state": state.to_json()}))
+    return seconds, total
