@@ -93,6 +93,25 @@ struct Job {
     std::vector<int32_t> copies;   // and the number of its copies
 };
 
+// What a row or a column says of random values.
+constexpr uint8_t kRandom = 1;
+constexpr uint8_t kForbidden = 2;
+constexpr int32_t kMeanOfSums = 510;
+
+template <typename T>
+struct RandomJob {
+    T* out;
+    int64_t stride;
+    const uint8_t* rows;
+    std::vector<int64_t> asked;    // columns that ask for random values
+    std::vector<int64_t> allowed;  // and those that do not forbid them
+    double factor;
+    uint64_t key;
+    int64_t first_row;
+    uint32_t counter;
+    int64_t shift, sums;
+};
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 // No level between: what AVX2 adds was measured to gain nothing over the base.
 #define ELLE_EXPAND_LEVELS
@@ -110,6 +129,14 @@ namespace base {
 #include "expand_rows.h"
 #undef ELLE_LEVEL
 }  // namespace base
+
+template <typename T>
+void RandomRows(const RandomJob<T>& job, int64_t begin, int64_t end) {
+#if defined(ELLE_EXPAND_LEVELS)
+    if (__builtin_cpu_supports("x86-64-v4")) return v4::FillRandomRows(job, begin, end);
+#endif
+    base::FillRandomRows(job, begin, end);
+}
 
 template <typename T>
 void Rows(const Job<T>& job, int64_t begin, int64_t end) {
@@ -252,9 +279,40 @@ void Expand(const py::array_t<T>& source, const Indices& rows, const Indices& co
                 [&job](int64_t begin, int64_t end) { Rows(job, begin, end); });
 }
 
+using Codes = py::array_t<uint8_t, py::array::c_style>;
+
+template <typename T>
+void FillRandom(py::array_t<T>& out, const Codes& rows, const Codes& cols, double factor, uint64_t key,
+                int64_t first_row, int64_t first_col, int threads) {
+    RandomJob<T> job{};
+    const int64_t height = rows.size(), width = cols.size();
+    if (out.ndim() != 2 || out.shape(0) != height || out.shape(1) != width)
+        throw std::invalid_argument("fill_random wants a code for each row and column of out");
+    if (height == 0 || width == 0) return;
+    job.stride = RowStride(out, "out");
+    job.out = out.mutable_data();
+    job.rows = rows.data();
+    job.factor = factor;
+    job.key = key;
+    job.first_row = first_row;
+    job.counter = static_cast<uint32_t>(first_col / 4);
+    job.shift = first_col % 4;
+    job.sums = (job.shift + width + 31) / 32 * 32;
+    for (int64_t j = 0; j < width; ++j) {
+        if (cols.data()[j] == kRandom) job.asked.push_back(j);
+        if (cols.data()[j] != kForbidden) job.allowed.push_back(j);
+    }
+    const py::gil_scoped_release release;
+    ParallelFor(height, height * width < kSerialEntries ? 1 : threads,
+                [&job](int64_t begin, int64_t end) { RandomRows(job, begin, end); });
+}
+
 template <typename T>
 void Register(py::module_& m) {
     using py::arg;
+    m.def("fill_random", &FillRandom<T>, arg("out").noconvert(), arg("rows").noconvert(),
+          arg("cols").noconvert(), arg("factor"), arg("key"), arg("first_row"), arg("first_col"),
+          arg("threads"), "Writes random values where the codes of row and column ask for them.");
     m.def(
         "expand", &Expand<T>, arg("source").noconvert(), arg("rows").noconvert(), arg("cols").noconvert(),
         arg("row_scale"), arg("col_scale"), arg("out").noconvert(), arg("groups"), arg("key"),

@@ -223,3 +223,17 @@ void ExpandRows(const Job<T>& job, int64_t begin, int64_t end) {
         }
     }
 }
+
+// Random values where a row or a column asks for them and neither forbids it.
+template <typename T>
+void FillRandomRows(const RandomJob<T>& job, int64_t begin, int64_t end) {
+    std::vector<int32_t> sums(job.sums);
+    for (int64_t i = begin; i < end; ++i) {
+        const std::vector<int64_t>& places = job.rows[i] == kRandom ? job.allowed : job.asked;
+        if (job.rows[i] == kForbidden || places.empty()) continue;
+        FillSums(job.key, job.first_row + i, job.counter, job.sums, sums.data());
+        T* out = job.out + i * job.stride;
+        for (const int64_t j : places)
+            out[j] = static_cast<T>((sums[job.shift + j] - kMeanOfSums) * job.factor);
+    }
+}

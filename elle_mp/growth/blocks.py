@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from elle_mp.growth.maps import Fill
-from elle_mp.growth.tensors import TensorGrowth, moment_factor
-from elle_mp.ops.expand import Noise, expand, noise_key
+from elle_mp.growth.tensors import DimGrowth, TensorGrowth, moment_factor
+from elle_mp.ops.expand import FORBIDDEN, KEPT, RANDOM, Noise, expand, fill_random, noise_key
 from elle_mp.ops.random import Bounds, normal_block
-
-DRAWN = 1 << 18
-"""Random numbers drawn at a time: their temporaries are several times as large."""
 
 
 @dataclass(frozen=True)
@@ -188,26 +185,24 @@ def _sum(values: Tensor, dim: int) -> Tensor:
 
 
 def _fill_random(growth: TensorGrowth, bounds: Bounds, out: Tensor) -> None:
-    """Entries that are new and free: as at initialisation, by global index, some rows at a time."""
+    """Entries that are new and free: as at initialisation, by global index."""
     if not any(item is not None and item.has(Fill.RANDOM) for item in growth.dims):
         return
-    (start, stop), rest = bounds[0], bounds[1:]
-    rows = max(1, DRAWN * (stop - start) // out.numel())
-    for first in range(start, stop, rows):
-        last = min(first + rows, stop)
-        _fill_random_rows(growth, ((first, last), *rest), out[first - start : last - start])
+    codes = [_random_codes(item, *part) for item, part in zip(growth.dims, bounds, strict=True)]
+    rows = torch.zeros(1, dtype=torch.uint8)
+    for part in codes[:-1]:
+        rows = torch.maximum(rows[:, None], part).reshape(-1)
+    first_row = bounds[0][0] * prod(growth.shape[1:-1]) if len(bounds) > 1 else 0
+    key = noise_key(growth.seed, f"{growth.stream}/random")
+    fill_random(out.view(-1, out.shape[-1]), rows, codes[-1], growth.spec.std or 0.0, key, first_row, bounds[-1][0])
 
 
-def _fill_random_rows(growth: TensorGrowth, bounds: Bounds, out: Tensor) -> None:
-    places = _any(growth, bounds, Fill.RANDOM) & ~_any(growth, bounds, Fill.ZERO)
-    if not bool(places.any()):
-        return
-    if growth.spec.std is None:
-        values = torch.zeros_like(out)
-    else:
-        stream = f"{growth.stream}/random"
-        values = normal_block(growth.seed, stream, growth.shape, bounds, out.dtype).to(out.device) * growth.spec.std
-    out.copy_(torch.where(places.to(out.device), values, out))
+def _random_codes(item: DimGrowth | None, start: int, stop: int) -> Tensor:
+    if item is None:
+        return torch.full((stop - start,), KEPT, dtype=torch.uint8)
+    fill = item.fill[start:stop]
+    wanted = torch.where(fill == int(Fill.RANDOM), RANDOM, KEPT)
+    return torch.where(fill == int(Fill.ZERO), FORBIDDEN, wanted).to(torch.uint8)
 
 
 def _noise_on_copies(growth: TensorGrowth, std: float, bounds: Bounds, out: Tensor) -> None:

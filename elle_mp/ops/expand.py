@@ -29,6 +29,9 @@ from elle_mp.ops.native import as_array, helpers
 BYTES_STD = ((256**2 - 1) / 3) ** 0.5
 """Standard deviation of the sum of four uniform bytes."""
 
+MEAN_OF_SUMS = 510
+"""Their mean."""
+
 MAX_COPIES = 1 << 20
 """Most copies of one unit: the centred integers stay below 2^31."""
 
@@ -100,6 +103,49 @@ def expand(
         BYTES_STD,
         torch.get_num_threads(),
     )
+
+
+KEPT, RANDOM, FORBIDDEN = 0, 1, 2
+"""What a row or a column says of random values: nothing, that it wants them, that it must have none."""
+
+
+def fill_random(
+    out: Tensor, rows: Tensor, cols: Tensor, std: float, key: int, first_row: int = 0, first_col: int = 0
+) -> None:
+    """Writes nearly normal values of standard deviation ``std`` where the row or the column wants them.
+
+    An entry's value depends on the key and its place in the whole tensor alone.
+
+    Args:
+        out: ``[R', C']`` fp32 or fp64, columns contiguous; other entries stay.
+        rows, cols: uint8 ``[R']`` and ``[C']`` on the CPU: :data:`KEPT`, :data:`RANDOM`, or :data:`FORBIDDEN`, which
+            wins.
+        key: of :func:`noise_key`.
+        first_row, first_col: place of ``out[0, 0]`` in the whole tensor.
+
+    Raises:
+        ValueError: shapes or types that do not fit.
+    """
+    if (
+        out.dtype not in _NATIVE
+        or out.shape != (rows.numel(), cols.numel())
+        or {rows.dtype, cols.dtype} != {torch.uint8}
+    ):
+        raise ValueError(f"fill_random wants a uint8 code for each row and column of {tuple(out.shape)}")
+    factor = std / BYTES_STD
+    native = helpers("fill_random")
+    if native is not None and out.device.type == "cpu":
+        codes = as_array(rows.contiguous()), as_array(cols.contiguous())
+        native.fill_random(as_array(out), *codes, factor, key, first_row, first_col, torch.get_num_threads())
+        return
+    height, width = out.shape
+    step = max(1, _TILE // max(width, 1))
+    for begin in range(0, height, step):
+        tile = slice(begin, min(begin + step, height))
+        codes_of = torch.maximum(rows[tile, None], cols)
+        sums = byte_sums(key, first_row + begin, first_col, codes_of.shape[0], width)
+        values = torch.from_numpy((sums - MEAN_OF_SUMS) * factor).to(out.dtype)
+        out[tile] = torch.where((codes_of == RANDOM).to(out.device), values.to(out.device), out[tile])
 
 
 def noise_values(noise: Noise, shape: tuple[int, int], dtype: torch.dtype = torch.float64) -> Tensor:

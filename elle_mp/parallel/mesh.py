@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -34,11 +35,20 @@ class Grid:
 
     def size(self, axis: str) -> int:
         """Number of ranks along a mesh axis."""
-        return int(self.mesh.size(MESH_AXES.index(axis)))
+        return self._sizes[axis]
 
     def rank(self, axis: str) -> int:
         """This rank's coordinate along a mesh axis."""
-        return int(self.mesh.get_local_rank(axis))
+        return self._ranks[axis]
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {axis: int(self.mesh.size(index)) for index, axis in enumerate(MESH_AXES)}
+
+    @cached_property
+    def _ranks(self) -> dict[str, int]:
+        # Asked for with every parameter of a growth: the mesh looks up process groups each time.
+        return {axis: int(self.mesh.get_local_rank(axis)) for axis in MESH_AXES}
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The process group along a mesh axis."""

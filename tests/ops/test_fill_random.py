@@ -1,0 +1,75 @@
+"""Random values of new entries: by their place alone, both paths bit for bit, and of the strength asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from elle_mp.ops import expand as module
+from elle_mp.ops import native
+from elle_mp.ops.expand import FORBIDDEN, KEPT, RANDOM, fill_random, noise_key
+from tests.ops.test_expand import philox_word
+
+KEY = noise_key(3, "growth/new")
+STD = 0.02
+
+
+def codes(size: int, seed: int) -> Tensor:
+    """Every code, in a random order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(KEPT, FORBIDDEN + 1, (size,), generator=generator, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 33), (130, 257), (3, 0), (0, 4)])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_every_entry_is_what_its_codes_and_its_place_say(
+    dtype: torch.dtype, shape: tuple[int, int], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(module, "helpers", lambda name: None)
+    elif native.helpers("fill_random") is None:
+        pytest.skip("the helpers are not built")
+    rows, cols = codes(shape[0], 1), codes(shape[1], 2)
+    out = torch.full((shape[0], shape[1] + 3), 7.0, dtype=dtype)[:, :-3]
+    fill_random(out, rows, cols, STD, KEY, first_row=2**33 + 5, first_col=6)
+    factor = STD / module.BYTES_STD
+    for i in range(0, shape[0], 7):
+        for j in range(0, shape[1], 5):
+            word = philox_word(KEY, 2**33 + 5 + i, 6 + j)
+            total = sum((word >> shift) & 255 for shift in (0, 8, 16, 24))
+            wanted = (total - 510) * factor if max(rows[i], cols[j]) == RANDOM else 7.0
+            assert out[i, j] == torch.tensor(wanted, dtype=torch.float64).to(dtype), (i, j)
+
+
+@pytest.mark.skipif(native.helpers("fill_random") is None, reason="the helpers are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_paths_and_any_block_have_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, cols = codes(200, 3), codes(300, 4)
+    whole = torch.zeros(200, 300, dtype=dtype)
+    fill_random(whole, rows, cols, STD, KEY)
+    part = torch.zeros(40, 91, dtype=dtype)
+    fill_random(part, rows[50:90], cols[102:193], STD, KEY, 50, 102)
+    assert torch.equal(part, whole[50:90, 102:193])
+    monkeypatch.setattr(module, "helpers", lambda name: None)
+    slow = torch.zeros(200, 300, dtype=dtype)
+    fill_random(slow, rows, cols, STD, KEY)
+    assert torch.equal(slow, whole)
+
+
+def test_values_are_nearly_normal_and_independent() -> None:
+    out = torch.zeros(600, 500, dtype=torch.float64)
+    fill_random(out, torch.full((600,), RANDOM, dtype=torch.uint8), torch.zeros(500, dtype=torch.uint8), STD, KEY)
+    assert abs(float(out.mean())) < 4 * STD / out.numel() ** 0.5
+    assert float(out.std()) == pytest.approx(STD, rel=0.01)
+    assert 0.66 < float((out.abs() < STD).double().mean()) < 0.70
+    assert float(torch.corrcoef(out[:40]).fill_diagonal_(0).abs().max()) < 0.25
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    out = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="a uint8 code for each row and column"):
+        fill_random(out, torch.zeros(2), torch.zeros(3, dtype=torch.uint8), STD, KEY)
+    with pytest.raises(ValueError, match="a uint8 code for each row and column"):
+        fill_random(out, torch.zeros(3, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), STD, KEY)
