@@ -75,6 +75,7 @@ TARGETS: dict[tuple[str, str], dict[str, Any]] = {
     ("gpt", "depth2"): {"layers": 6},
     ("gpt", "depth2-long"): {"layers": 6},
     ("gpt", "width2"): {"heads": 8},
+    ("gpt", "width2-long"): {"heads": 8},
     ("gpt", "inner2"): {"heads": 8, "mlp": 512, "width": 64},
     ("llama", "width1.5"): {"heads": 6, "kv_groups": 3},
     ("llama", "width2"): {"heads": 8, "kv_groups": 4},
@@ -132,7 +133,6 @@ ARMS = """
 3 gpt/width1.5    weighted, asym_reset:     {width: weighted, moments: asym_reset}
 3 gpt/width1.5    weighted, mup:            {width: weighted, rate: mup}
 3 gpt/width1.5    not grown, equal tokens:  {}
-3 gpt/width1.5-long  weighted, 0 dB:        {width: weighted, noise_db: 0}
 3 gpt/width1.5    weighted, reset:          {width: weighted, moments: reset}
 3 gpt/width2      replicate, rewarm:        {width: replicate, rate: rewarm}
 3 gpt/depth2      stack, scaled:            {depth: stack, moments: scaled}
@@ -148,9 +148,14 @@ ARMS = """
 4 bert/width1.5   from scratch:             {}
 5 gpt/width1.5-long  weighted:              {width: weighted}
 5 gpt/width1.5-long  lemon:                 {width: lemon}
+5 gpt/width1.5-long  weighted, 0 dB:        {width: weighted, noise_db: 0}
+5 gpt/width1.5-long  weighted, anneal 50:   {width: weighted, anneal: 50}
 5 gpt/width1.5-long  not grown:             {}
 5 gpt/depth2-long    zero_out:              {depth: zero_out}
 5 gpt/depth2-long    stack:                 {depth: stack}
+5 gpt/width2-long    replicate:             {width: replicate}
+5 gpt/width2-long    blockdiag:             {width: blockdiag}
+5 gpt/width2-long    replicate, 0 dB:       {width: replicate, noise_db: 0}
 """
 """Tier, group, name and growth of every arm, the most telling first; within a tier one seed after the other."""
 

@@ -21,6 +21,7 @@ AUTO = {
     "gpt/width2": "replicate",
     "gpt/width1.5-long": "weighted",
     "gpt/depth2-long": "zero_out",
+    "gpt/width2-long": "replicate",
     "gpt/inner2": "replicate",
     "llama/width1.5": "iso",
     "llama/width2": "replicate",
@@ -82,8 +83,29 @@ def groups_of(results: Sequence[Result]) -> dict[str, list[Curve]]:
     out = {}
     for group, arms in found.items():
         curves = [Curve(arm, tuple(items)) for arm, items in arms.items()]
-        out[group] = sorted(curves, key=lambda curve: mean(curve.final.values()) if curve.final else float("inf"))
+        auto = next((curve for curve in curves if curve.arm == AUTO.get(group)), None)
+        out[group] = sorted(curves, key=lambda curve: score(curve, auto))
     return out
+
+
+def score(curve: Curve, auto: Curve | None) -> float:
+    """What arms are ranked by: the difference to ``auto`` over the seeds that both have, which may not be all."""
+    if not curve.final:
+        return float("inf")
+    pairs = differences(curve, auto) if auto is not None else []
+    return mean(pairs or curve.final.values())
+
+
+def differences(curve: Curve, other: Curve) -> list[float]:
+    """Final losses against those of another arm, seed by seed."""
+    return [curve.final[seed] - other.final[seed] for seed in curve.final if seed in other.final]
+
+
+def common(curves: Sequence[Curve]) -> list[Curve]:
+    """The arms with the seeds that all of them have, so that their curves compare."""
+    shared = set.intersection(*(set(curve.final) for curve in curves if curve.final))
+    kept = [Curve(curve.arm, tuple(item for item in curve.results if item["seed"] in shared)) for curve in curves]
+    return kept if shared else list(curves)
 
 
 def spread(values: Sequence[float], signed: bool = False) -> str:
@@ -105,12 +127,12 @@ def table(group: str, curves: Sequence[Curve], steps: int, every: int) -> str:
     early, middle = every, steps // 2 // every * every or every
     lines = [
         f"| rank | arm | exact | jump at step 0 | loss after {early} steps | after {middle} | at the end | "
-        "against `auto`, by seed | against not grown |",
-        "|---" * 9 + "|",
+        "against `auto`, by seed | against not grown | seeds |",
+        "|---" * 10 + "|",
     ]
     for rank, curve in enumerate(curves, start=1):
         if curve.failed or not curve.final:
-            lines.append(f"| | {curve.arm} | | | | | {curve.failed} | | |")
+            lines.append(f"| | {curve.arm} | | | | | {curve.failed} | | | |")
             continue
         plan = next((item["plan"] for item in curve.results if "plan" in item), None)
         exact = "" if plan is None else ("yes" if plan["exact"] else "no")
@@ -119,7 +141,8 @@ def table(group: str, curves: Sequence[Curve], steps: int, every: int) -> str:
         name = f"{curve.arm} (`auto`)" if curve is auto else curve.arm
         lines.append(
             f"| {rank} | {name} | {exact} | {jump} | {cells[0]} | {cells[1]} | "
-            f"**{spread(list(curve.final.values()))}** | {against(curve, auto)} | {against(curve, still)} |"
+            f"**{spread(list(curve.final.values()))}** | {against(curve, auto)} | {against(curve, still)} | "
+            f"{len(curve.final)} |"
         )
     return "\n".join(lines)
 
@@ -134,7 +157,7 @@ def against(curve: Curve, other: Curve | None) -> str:
     """The difference to another arm paired by seed; a star where the seeds tell it from none."""
     if other is None or curve is other:
         return ""
-    pairs = [curve.final[seed] - other.final[seed] for seed in curve.final if seed in other.final]
+    pairs = differences(curve, other)
     if not pairs:
         return ""
     return spread(pairs, signed=True) + (" *" if clear(pairs) else "")
@@ -156,7 +179,9 @@ def picture(groups: Mapping[str, Sequence[Curve]]) -> str:
     ]
     for index, (group, curves) in enumerate(groups.items()):
         x = MARGIN + index % 2 * (PANEL + LEGEND + MARGIN)
-        parts.append(f'<g transform="translate({x} {40 + index // 2 * (HEIGHT + 90)})">{_panel(group, curves)}</g>')
+        parts.append(
+            f'<g transform="translate({x} {40 + index // 2 * (HEIGHT + 90)})">{_panel(group, common(curves))}</g>'
+        )
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
