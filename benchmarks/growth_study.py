@@ -32,16 +32,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from growth_study_arms import (
-    EQUAL_TOKENS,
-    FROM_SCRATCH,
-    NOT_GROWN,
-    SOURCES,
-    TARGETS,
-    Arm,
-    Settings,
-    arms_by_tier,
-)
+from growth_study_arms import EQUAL_TOKENS, FROM_SCRATCH, NOT_GROWN, SOURCES, TARGETS, Arm, Settings, arms_by_tier
 from growth_study_report import write_report
 from torch import Tensor
 
