@@ -7,7 +7,8 @@ masters with Adam's two moments, grown to 1.5 times the width and 4/3 of the lay
 
 * ``copy_``: ``torch`` copies half of (old + new) bytes, which reads and writes as much as growth has to, into memory
   that is there already. Growth writes into memory that is there, too. Both on the same threads; best of a few.
-* ``live``: ``grow_on_shards`` on one rank and on two (tp=2 and dp_shard=2), without and with noise (20 dB).
+* ``live``: ``grow_on_shards`` on one rank and two (tp=2 and dp_shard=2), without and with noise (20 dB). ``weighted``
+  copies and scales, as do ``replicate`` and ``iso``; ``lemon`` also takes means and draws what reads them.
 * ``state dict``: what a user of Hugging Face does: index the whole state dict of one process with the same maps, make a
   second one, load it. Weights alone and, for like with like, weights and moments.
 * ``ELLE``: after the description of the public code (reference/elle.md): the whole state dict, Python loops over added
@@ -64,7 +65,7 @@ ALTERNATIONS = 2
 FP32 = Precision(torch.float32, torch.float32)
 
 
-def plan_of(size: str, noise_db: float | None) -> GrowthPlan:
+def plan_of(size: str, noise_db: float | None, width: str = "weighted") -> GrowthPlan:
     """The growth that is measured."""
     (layers, heads), (new_layers, new_heads) = SIZES[size]
     model = ModelConfig(family="gpt", layers=layers, heads=heads, head_dim=64, seq_len=LENGTH)
@@ -83,7 +84,7 @@ def plan_of(size: str, noise_db: float | None) -> GrowthPlan:
         **sizes_of(model),
     )
     larger = grown(model, GrowConfig(layers=new_layers, heads=new_heads))
-    return make_plan(spec, larger, GrowthConfig(noise_db=noise_db), seed=1)
+    return make_plan(spec, larger, GrowthConfig(noise_db=noise_db, width=width), seed=1)
 
 
 def entries(spec: ModelSpec) -> int:
@@ -139,10 +140,10 @@ def filled(spec: ModelSpec, grid: Any) -> tuple[Transformer, ShardedAdamW]:
     return model, optimizer
 
 
-def live(size: str, noise_db: float | None, layout: dict[str, int]) -> dict[str, float]:
+def live(size: str, noise_db: float | None, layout: dict[str, int], width: str) -> dict[str, float]:
     """Growth on the shards of this rank, and the copy of as many bytes."""
     grid = make_grid(ParallelConfig.model_validate(layout), start_distributed())
-    plan = plan_of(size, noise_db)
+    plan = plan_of(size, noise_db, width)
     old, old_optimizer = filled(plan.old, grid)
     new, new_optimizer = filled(plan.new, grid)
     before = peak()
@@ -329,12 +330,14 @@ def run_child(arguments: dict[str, Any]) -> None:
 def live_rows(size: str) -> list[str]:
     """The table's rows of one size."""
     rows = []
-    for layout, ranks in (({}, 1), ({"tp": 2}, 2), ({"dp_shard": 2}, 2)):
+    places: list[tuple[dict[str, int], int]] = [({}, 1), ({"tp": 2}, 2), ({"dp_shard": 2}, 2)]
+    cases = [("weighted", layout, ranks) for layout, ranks in places] + [("lemon", {}, 1)]
+    for width, layout, ranks in cases:
         for noise in (None, 20.0):
-            got = child({"kind": "live", "size": size, "noise_db": noise, "layout": layout}, ranks)
+            got = child({"kind": "live", "size": size, "noise_db": noise, "layout": layout, "width": width}, ranks)
             place = " ".join(f"{axis}={count}" for axis, count in layout.items()) or "one rank"
             rows.append(
-                f"| {size} | live, {place}{', noise' if noise else ''} | {got['bytes'] / 1e9:.2f} | "
+                f"| {size} | live, {width}, {place}{', noise' if noise else ''} | {got['bytes'] / 1e9:.2f} | "
                 f"{got['seconds']:.3f} | {got['copy']:.3f} | **{got['seconds'] / got['copy']:.2f}** | "
                 f"{got['extra'] / 1e6:.0f} MB over old + new; {got['received'] / 1e6:.0f} MB received |"
             )

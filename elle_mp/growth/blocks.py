@@ -176,12 +176,17 @@ def _fill_means(
 
 def _sum(values: Tensor, dim: int) -> Tensor:
     """The sum along ``dim``, kept, by halves: the same additions however the other dimensions are cut."""
-    while values.shape[dim] > 1:
-        size = values.shape[dim]
-        half = size // 2
-        total = values.narrow(dim, 0, half) + values.narrow(dim, half, half)
-        values = total if size % 2 == 0 else torch.cat([total, values.narrow(dim, size - 1, 1)], dim)
-    return values
+    size = values.shape[dim]
+    if size == 1:
+        return values
+    total = values.narrow(dim, 0, size // 2) + values.narrow(dim, size // 2, size // 2)
+    while True:
+        if size % 2:
+            total.narrow(dim, 0, 1).add_(values.narrow(dim, size - 1, 1))
+        size, values = size // 2, total
+        if size == 1:
+            return total.narrow(dim, 0, 1)
+        total.narrow(dim, 0, size // 2).add_(total.narrow(dim, size // 2, size // 2))
 
 
 def _fill_random(growth: TensorGrowth, bounds: Bounds, out: Tensor) -> None:
