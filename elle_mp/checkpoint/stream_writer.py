@@ -37,7 +37,7 @@ Declared = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Global shape and dtype by name."""
 
 _JOIN = 1 << 20  # pieces up to this size are joined before they are written and hashed
-_SYNC_EVERY = 128 << 20  # what may wait for the disk: it works while the next blocks are computed
+_SYNC_EVERY = 1 << 30  # what may wait for the disk: it works while the next blocks are computed
 _BLOCK_COST = 64 << 10  # bytes that take as long to write as a block takes to start
 
 
