@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from elle_mp.growth.layout import Layout, OldParameters, received_bytes
+from elle_mp.growth.tensors import parameter_growths
+from elle_mp.parallel.sharding import named_specs
 from tests.distributed_utils import run_distributed
 from tests.tiny import (
     apply,
@@ -79,7 +82,10 @@ def digests(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
 
 
 def grown_everywhere(family: str, cases: list[tuple[dict[str, Any], dict[str, int]]]) -> Any:
-    """For each growth and layout: a digest of every grown tensor, the bytes received, the collectives issued."""
+    """For each growth and layout: a digest of every grown tensor, the bytes received, the collectives issued.
+
+    The bytes are also those that ``elle-mp grow --dry-run`` tells beforehand.
+    """
     from torch.distributed.tensor.debug import CommDebugMode
 
     sizes, out = MODELS[family], []
@@ -92,6 +98,10 @@ def grown_everywhere(family: str, cases: list[tuple[dict[str, Any], dict[str, in
             plan, _ = plan_of(model.spec, config_of(family, **sizes).model, grow, **growth)
             with CommDebugMode() as counter:
                 new, grown, received = apply(plan, model, optimizer.moments)
+            specs = dict(named_specs(model))
+            old = OldParameters(specs, {key: spec.shape(model.sizes) for key, spec in specs.items()})
+            planned = received_bytes(parameter_growths(plan, dict(named_specs(new))), old, Layout(**layout))
+            assert received == pytest.approx(planned, rel=0.05), (growth, grow, name)
             seen[name] = (digests(weights(new) | moments(grown)), received, counter.get_total_counts())
         out.append(seen)
     return out
