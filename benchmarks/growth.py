@@ -50,6 +50,7 @@ from elle_mp.models.spec import ModelSpec, sizes_of
 from elle_mp.models.transformer import Transformer
 from elle_mp.parallel.mesh import make_grid, start_distributed
 from elle_mp.parallel.sharding import local_tensor
+from elle_mp.stream.memory import LARGEST_BLOCK
 from elle_mp.train.optimizer import ShardedAdamW
 
 SIZES = {
@@ -262,7 +263,7 @@ def offline(size: str, folder: Path, noise_db: float | None) -> dict[str, float]
     plan = plan_of(size, noise_db)
     began = time.perf_counter()
     growth = OfflineGrowth(plan, StoredTensors(folder / "old"), declarations(plan.new))
-    grow_checkpoint(growth, CheckpointStore(folder.parent / "grown"), "new", {}, 64 << 20, lambda count: None)
+    grow_checkpoint(growth, CheckpointStore(folder.parent / "grown"), "new", {}, LARGEST_BLOCK, lambda count: None)
     seconds = time.perf_counter() - began
     shutil.rmtree(folder.parent / "grown")
     return {"seconds": seconds, "peak": peak()}

@@ -74,7 +74,7 @@ class CheckpointStore:
         produce: Callable[[str, Bounds], Tensor],
         meta: Mapping[str, Any],
         permanent: bool = False,
-        block_bytes: int = 64 << 20,
+        block_bytes: int = 16 << 20,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         """:meth:`save` of tensors that are computed block by block: no rank holds more than one block at a time.

@@ -13,9 +13,12 @@ from elle_mp.errors import UserError
 
 BLOCKS_IN_MEMORY = 8
 """The old block, the new one, and at most six that a strategy makes on the way (noise in fp64, what is new, means)."""
-RESERVE = 64 << 20
-"""What else comes: tiles of random values, rows that are read for some of their columns, the list of blocks."""
-LARGEST_BLOCK = 256 << 20
+RESERVE = 96 << 20
+"""What else comes: buffers of the file that is written, tiles of random values, rows that are read for some of their
+columns, the list of blocks."""
+LARGEST_BLOCK = 16 << 20
+"""Tensors of up to 32 MiB (glibc's largest ``mmap`` threshold) use memory of their predecessors; larger ones get fresh
+pages from the kernel each time, which took longer than the disk did."""
 SMALLEST_BLOCK = 1 << 20
 
 

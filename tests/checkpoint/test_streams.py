@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -297,6 +299,33 @@ def _truncated_source(folder: str) -> str:
     dist.barrier()  # rank 0 removes what was written
     assert store.names() == ["old"] and not list(store.folder.glob("*.tmp-*"))
     return str(raised.value)
+
+
+@pytest.mark.parametrize("refuses", ["opening", "writing", "nothing"])
+def test_any_file_system_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str) -> None:
+    """Some refuse ``O_DIRECT`` when the file is opened, some when it is written: then the page cache is used."""
+    opened, wrote, direct = os.open, os.write, []
+
+    def open_(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_DIRECT and refuses == "opening":
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return opened(path, flags, *args, **kwargs)
+
+    def write(descriptor: int, data: Any) -> int:
+        uncached = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT
+        if uncached and refuses == "writing":
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        direct.append((bool(uncached), len(data)))
+        return wrote(descriptor, data)
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "write", write)
+    store = CheckpointStore(tmp_path)
+    values = {"w": torch.arange(5e6).view(1000, 5000), "end": torch.ones(3)}  # 20 MB: several buffers and a rest
+    _save_streamed(store, "a", values, 1 << 20)
+    assert [uncached for uncached, size in direct if size > 1 << 20] == [refuses == "nothing"] * 2 + [False]
+    store.verify("a")
+    _check_reads(StoredTensors(tmp_path / "a"), values, 3)
 
 
 @pytest.mark.distributed
