@@ -212,20 +212,47 @@ class ParallelConfig(Section):
 
     tp: Positive = 1
     """Tensor parallel ranks."""
-    pp: Literal[1] = 1
-    """Pipeline stages: one, in this version."""
+    pp: Positive = 1
+    """Pipeline ranks: each holds a run of the layers, or ``virtual_stages`` runs."""
+    cp: Positive = 1
+    """Context parallel ranks: each holds a part of every sequence; keys and values are gathered in attention."""
     dp_shard: Positive = 1
     """Ranks that share the parameters (FSDP2)."""
     dp_replicate: Positive | Literal["auto"] = "auto"
     """Replicas; ``auto`` takes the ranks that are left."""
-    sequence_parallel: Literal[False] = False
-    """Not in this version."""
-    schedule: Literal["1f1b"] = "1f1b"
-    """Of the pipeline; it has one stage in this version."""
-    engine: Literal["fsdp"] = "fsdp"
-    """What shards the data-parallel state: PyTorch's FSDP2."""
+    idle_ranks: bool = False
+    """Let ranks that the layout has no use for wait (a first stage that is smaller than the job). Otherwise they are
+    an error."""
+    sequence_parallel: bool = False
+    """Between attention and MLP each tensor parallel rank holds a part of the sequence (saves activations)."""
+    schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv"] = "1f1b"
+    """Of the pipeline. ``interleaved_1f1b`` and ``zero_bubble`` give each rank ``virtual_stages`` runs of layers,
+    ``zbv`` two, in the shape of a V."""
+    virtual_stages: Positive = 2
+    """Runs of layers on a pipeline rank (``interleaved_1f1b``, ``zero_bubble``)."""
+    split: Literal["estimated"] | tuple[Positive, ...] = "estimated"
+    """Layers of each pipeline stage, in order; ``estimated``: so that the slowest stage, embeddings and head
+    included, has the fewest operations."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that are computed again in the backward pass instead of kept: none, those of the MLP, or all of a
+    layer's but its input."""
+    engine: Literal["fsdp", "deepspeed"] = "fsdp"
+    """What shards the data-parallel state: PyTorch's FSDP2, or DeepSpeed's ZeRO."""
+    zero_stage: Literal[1, 2, 3] = 2
+    """What DeepSpeed shards: optimizer state; gradients, too; parameters, too."""
+    offload: bool = False
+    """Keep DeepSpeed's optimizer state in the host's memory and update it there."""
     reshard_after_forward: bool = True
     """Free gathered parameters between forward and backward (saves memory, gathers twice)."""
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Pipeline stages of one pipeline rank."""
+        if self.pp == 1:
+            return 1
+        return {"interleaved_1f1b": self.virtual_stages, "zero_bubble": self.virtual_stages, "zbv": 2}.get(
+            self.schedule, 1
+        )
 
 
 class CheckpointConfig(Section):

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from elle_mp.config import Config, GrowConfig, ModelConfig, ParallelConfig, grown, nearest_divisors, nearest_multiples
+from elle_mp.config import Config, GrowConfig, ModelConfig, grown
 from elle_mp.errors import UserError, existing_file
 
 Location = tuple[Any, ...]
@@ -264,64 +264,3 @@ def checked_growth(
             f"heads={model.heads // model.groups * new.groups} would do"
         )
     return new
-
-
-def check_layout(config: Config, world_size: int) -> None:
-    """Checks every stage's layout, batch and sizes against the number of ranks.
-
-    Raises:
-        UserError: something does not divide; the message says which value would.
-    """
-    for index, stage in enumerate(config.stream):
-        layout = config.stage_parallel(index)
-        prefix = f"stream.{index}.parallel" if stage.parallel else "parallel"
-        replicas = data_parallel_replicas(layout, world_size, prefix)
-        _check_sizes(config, index, layout, prefix)
-        batch = config.stage_batch(index)
-        ranks = replicas * layout.dp_shard
-        if batch.global_ % ranks:
-            raise UserError(
-                f"batch.global={batch.global_} does not divide over {ranks} data-parallel ranks; "
-                f"{nearest_multiples(ranks, batch.global_)} would"
-            )
-        local = batch.global_ // ranks
-        if batch.micro < local and local % batch.micro:
-            raise UserError(
-                f"batch.micro={batch.micro} does not divide the {local} sequences of a rank; "
-                f"{nearest_divisors(local, batch.micro)} would"
-            )
-
-
-def data_parallel_replicas(layout: ParallelConfig, world_size: int, prefix: str = "parallel") -> int:
-    """``dp_replicate`` of a layout over ``world_size`` ranks, ``auto`` resolved."""
-    used = layout.tp * layout.dp_shard
-    if layout.dp_replicate == "auto":
-        if world_size % used:
-            raise UserError(
-                f"{prefix}: tp={layout.tp} x dp_shard={layout.dp_shard} = {used} ranks do not divide the {world_size} "
-                f"that run; start {nearest_multiples(used, world_size)} (torchrun --nproc-per-node)"
-            )
-        return world_size // used
-    if used * layout.dp_replicate != world_size:
-        raise UserError(
-            f"{prefix}: tp={layout.tp} x dp_shard={layout.dp_shard} x dp_replicate={layout.dp_replicate} = "
-            f"{used * layout.dp_replicate} ranks, but {world_size} run; start {used * layout.dp_replicate}, "
-            "or set dp_replicate=auto"
-        )
-    return layout.dp_replicate
-
-
-def _check_sizes(config: Config, index: int, layout: ParallelConfig, prefix: str) -> None:
-    model = config.stage_model(index)
-    name = "kv_groups" if model.kv_groups else "heads"
-    for what, size in (
-        (name, model.groups),
-        ("mlp", model.mlp_size),
-        ("vocab_multiple", model.vocab_multiple),
-    ):
-        if size % layout.tp:
-            stage = f"stage {index} ({config.stream[index].domain})"
-            raise UserError(
-                f"{prefix}.tp={layout.tp} does not divide {what}={size} of {stage}; "
-                f"{what}={nearest_multiples(layout.tp, size)} or tp={nearest_divisors(size, layout.tp)} would do"
-            )

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from elle_mp.config import Config, GrowConfig, ModelConfig, grown
-from elle_mp.config_file import check_layout, load_config, parse_config
+from elle_mp.config_file import load_config, parse_config
+from elle_mp.config_layout import check_layout
 from elle_mp.errors import UserError
 
 BASE = """\

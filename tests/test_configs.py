@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from elle_mp.config import Config
-from elle_mp.config_file import check_layout, load_config
+from elle_mp.config_file import load_config
+from elle_mp.config_layout import check_layout
 from elle_mp.errors import UserError
 from elle_mp.growth.plan import GrowthPlan, make_plan
 from elle_mp.models.spec import ModelSpec

@@ -55,7 +55,7 @@ def grow_on_shards(
     one tensor at a time.
     """
     source = _Shards(old)
-    alignment = Alignment(source.parameters, Layout(old.grid.tp_size, old.grid.size("dp_shard")))
+    alignment = Alignment(source.parameters, Layout(old.grid.tp_size, old.grid.size("shard")))
     traffic = Traffic()
     for name, growth in parameter_growths(plan, dict(named_specs(new))).items():
         recut = alignment.recut(growth)

@@ -31,7 +31,7 @@ def shard(
         cast_forward_inputs=False,
     )
     # A rank that holds everything has nothing to free: gathering again would only copy.
-    reshard = reshard and grid.size("dp_shard") > 1
+    reshard = reshard and grid.size("shard") > 1
     for block in blocks:
         fully_shard(block, mesh=grid.fsdp_mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=grid.fsdp_mesh, mp_policy=policy, reshard_after_forward=False)

@@ -1,28 +1,51 @@
-"""The grid of ranks: named mesh axes ``dp_replicate x dp_shard x tp``."""
+"""The grid of ranks: named axes ``pp x dp_replicate x dp_shard x cp x tp``."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
+from math import prod
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from elle_mp.config import ParallelConfig
-from elle_mp.config_file import data_parallel_replicas
+from elle_mp.config_layout import data_parallel_replicas
 
-MESH_AXES = ("dp_replicate", "dp_shard", "tp")
+MESH_AXES = ("pp", "dp_replicate", "shard", "tp")
+"""Axes of the mesh on which parameters lie, outermost first; ``shard`` is ``dp_shard x cp``: ranks that share a
+sequence share the parameters, too, and FSDP2 sums their gradients with those of other sequences."""
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""What a layout gives sizes to."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """This rank's place in the mesh, and the process groups along its axes."""
+    """This rank's place in the layout, and the process groups along its axes.
+
+    Attributes:
+        mesh: over :data:`MESH_AXES`.
+        device: of this rank.
+        parallel: the layout.
+        everyone: the ranks that have a place, when others have none; ``None`` for all there are.
+    """
 
     mesh: DeviceMesh
     device: torch.device
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    everyone: dist.ProcessGroup | None = None
+    sub_groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
+    """Along ``dp_shard`` and ``cp`` when both are more than one rank."""
+
+    @property
+    def active(self) -> bool:
+        """Whether this rank has a place; one that has not waits (``parallel.idle_ranks``)."""
+        return self.mesh.get_coordinate() is not None
 
     @property
     def tp_mesh(self) -> DeviceMesh:
@@ -31,28 +54,33 @@ class Grid:
     @property
     def fsdp_mesh(self) -> DeviceMesh:
         """What FSDP2 shards over; two-dimensional (HSDP) when there are replicas."""
-        return self.mesh["dp_shard"] if self.size("dp_replicate") == 1 else self.mesh["dp_replicate", "dp_shard"]
+        return self.mesh["shard"] if self.size("dp_replicate") == 1 else self.mesh["dp_replicate", "shard"]
 
     def size(self, axis: str) -> int:
-        """Number of ranks along a mesh axis."""
+        """Number of ranks along an axis of :data:`MESH_AXES` or :data:`AXES`."""
         return self._sizes[axis]
 
     def rank(self, axis: str) -> int:
-        """This rank's coordinate along a mesh axis."""
+        """This rank's coordinate along an axis of :data:`MESH_AXES` or :data:`AXES`."""
         return self._ranks[axis]
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        return {axis: int(self.mesh.size(index)) for index, axis in enumerate(MESH_AXES)}
+        sizes = {axis: int(self.mesh.size(index)) for index, axis in enumerate(MESH_AXES)}
+        return sizes | {"dp_shard": sizes["shard"] // self.parallel.cp, "cp": self.parallel.cp}
 
     @cached_property
     def _ranks(self) -> dict[str, int]:
         # Asked for with every parameter of a growth: the mesh looks up process groups each time.
-        return {axis: int(self.mesh.get_local_rank(axis)) for axis in MESH_AXES}
+        ranks = dict(zip(MESH_AXES, self.mesh.get_coordinate() or [0] * len(MESH_AXES), strict=True))
+        shard, context = divmod(ranks["shard"], self.parallel.cp)
+        return ranks | {"dp_shard": shard, "cp": context}
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The process group along a mesh axis."""
-        return self.mesh.get_group(axis)
+        """The process group along an axis of :data:`MESH_AXES` or :data:`AXES`."""
+        if axis in self.sub_groups:
+            return self.sub_groups[axis]
+        return self.mesh.get_group("shard" if axis in ("dp_shard", "cp") else axis)
 
     @property
     def tp_size(self) -> int:
@@ -70,6 +98,28 @@ class Grid:
     @property
     def dp_rank(self) -> int:
         return self.rank("dp_replicate") * self.size("dp_shard") + self.rank("dp_shard")
+
+    @property
+    def pipeline_stages(self) -> int:
+        """Runs of layers, over all pipeline ranks."""
+        return self.size("pp") * self.parallel.stages_per_rank
+
+    @property
+    def my_stages(self) -> tuple[int, ...]:
+        """The pipeline stages of this rank, in order. ``zbv``: one on the way down the V and one on the way up."""
+        return tuple(stage for stage in range(self.pipeline_stages) if self.rank_of_stage(stage) == self.rank("pp"))
+
+    def rank_of_stage(self, stage: int) -> int:
+        """The pipeline coordinate of the ranks that hold a stage."""
+        size = self.size("pp")
+        turn, place = divmod(stage, size)
+        return size - 1 - place if self.parallel.schedule == "zbv" and turn % 2 else place
+
+    def sum(self, values: torch.Tensor, *axes: str) -> None:
+        """Sums ``values`` in place over the ranks along ``axes``."""
+        for axis in axes:
+            if self.size(axis) > 1:
+                dist.all_reduce(values, group=self.group(axis))
 
 
 def start_distributed() -> torch.device:
@@ -93,7 +143,18 @@ def start_distributed() -> torch.device:
 
 
 def make_grid(parallel: ParallelConfig, device: torch.device) -> Grid:
-    """The mesh of a layout over all ranks of the default process group."""
-    replicas = data_parallel_replicas(parallel, dist.get_world_size())
-    shape = (replicas, parallel.dp_shard, parallel.tp)
-    return Grid(init_device_mesh(device.type, shape, mesh_dim_names=MESH_AXES), device)
+    """The mesh of a layout over the ranks of the default process group, or the first of them. Collective."""
+    world_size = dist.get_world_size()
+    replicas = data_parallel_replicas(parallel, world_size)
+    shape = (parallel.pp, replicas, parallel.dp_shard * parallel.cp, parallel.tp)
+    ranks = torch.arange(prod(shape)).view(shape)
+    everyone = None if ranks.numel() == world_size else dist.new_group(ranks.flatten().tolist())
+    mesh = DeviceMesh(device.type, ranks, mesh_dim_names=MESH_AXES)
+    groups = {}
+    if parallel.dp_shard > 1 and parallel.cp > 1:
+        fine = DeviceMesh(
+            device.type, ranks.view(parallel.pp, replicas, -1, parallel.cp, parallel.tp), mesh_dim_names=AXES
+        )
+        if fine.get_coordinate() is not None:
+            groups = {axis: fine.get_group(axis) for axis in ("dp_shard", "cp")}
+    return Grid(mesh, device, parallel, everyone, groups)

@@ -70,8 +70,8 @@ def named_specs(model: nn.Module) -> Iterator[tuple[str, ParamSpec]]:
                 yield f"{prefix}.{name}" if prefix else name, spec
 
 
-def shard_bounds(spec: ParamSpec, shape: tuple[int, ...], tp: tuple[int, int], dp_shard: tuple[int, int]) -> Bounds:
-    """Global indices held by the rank with coordinates ``tp = (rank, size)`` and ``dp_shard = (rank, size)``.
+def shard_bounds(spec: ParamSpec, shape: tuple[int, ...], tp: tuple[int, int], shard: tuple[int, int]) -> Bounds:
+    """Global indices held by the rank with coordinates ``tp = (rank, size)`` and ``shard = (rank, size)``.
 
     Tensor parallelism cuts into equal parts; FSDP2 then cuts dimension 0 of the part into chunks of
     ``ceil(rows / size)`` rows, the last ones shorter or empty.
@@ -82,8 +82,8 @@ def shard_bounds(spec: ParamSpec, shape: tuple[int, ...], tp: tuple[int, int], d
         part = shape[cut] // tp[1]
         bounds[cut] = (tp[0] * part, (tp[0] + 1) * part)
     start, stop = bounds[0]
-    chunk = ceil((stop - start) / dp_shard[1])
-    begin = min(start + dp_shard[0] * chunk, stop)
+    chunk = ceil((stop - start) / shard[1])
+    begin = min(start + shard[0] * chunk, stop)
     bounds[0] = (begin, min(begin + chunk, stop))
     return tuple(bounds)
 
@@ -91,7 +91,7 @@ def shard_bounds(spec: ParamSpec, shape: tuple[int, ...], tp: tuple[int, int], d
 def my_bounds(spec: ParamSpec, shape: tuple[int, ...], grid: Grid) -> Bounds:
     """:func:`shard_bounds` of this rank."""
     tp = (grid.tp_rank, grid.tp_size)
-    return shard_bounds(spec, shape, tp, (grid.rank("dp_shard"), grid.size("dp_shard")))
+    return shard_bounds(spec, shape, tp, (grid.rank("shard"), grid.size("shard")))
 
 
 @torch.no_grad()

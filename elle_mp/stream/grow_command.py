@@ -196,7 +196,7 @@ def _show(request: Request, growth: OfflineGrowth, console: Console) -> None:
     plan, parallel = request.plan, request.config.parallel
     specs = declarations(plan.old)
     old = OldParameters(specs, {name: spec.shape(plan.old.axes) for name, spec in specs.items()})
-    layout = Layout(parallel.tp, parallel.dp_shard)
+    layout = Layout(parallel.tp, parallel.dp_shard * parallel.cp)
     _check_layout(plan.new, layout)
     console.print(
         plan_table(

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from rich.console import Console
 
 from elle_mp.config import Config
-from elle_mp.config_file import check_layout, load_config
+from elle_mp.config_file import load_config
+from elle_mp.config_layout import check_layout
 from elle_mp.growth.plan import make_plan
 from elle_mp.models.build import Precision
 from elle_mp.models.spec import ModelSpec

@@ -1,0 +1,121 @@
+"""Checks every stage's layout, batch and sizes against each other and the number of ranks."""
+
+from __future__ import annotations
+
+from math import prod
+
+from elle_mp.config import Config, ParallelConfig, nearest_divisors, nearest_multiples
+from elle_mp.errors import UserError
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Checks every stage's layout, batch and sizes against the number of ranks.
+
+    Raises:
+        UserError: something does not divide; the message says which value would.
+    """
+    for index, stage in enumerate(config.stream):
+        layout = config.stage_parallel(index)
+        prefix = f"stream.{index}.parallel" if stage.parallel else "parallel"
+        replicas = data_parallel_replicas(layout, world_size, prefix)
+        _check_sizes(config, index, layout, prefix)
+        _check_pipeline(config, index, layout, prefix)
+        _check_sequence(config, index, layout, prefix)
+        batch = config.stage_batch(index)
+        ranks = replicas * layout.dp_shard
+        if batch.global_ % ranks:
+            raise UserError(
+                f"batch.global={batch.global_} does not divide over {ranks} data-parallel ranks; "
+                f"{nearest_multiples(ranks, batch.global_)} would"
+            )
+        local = batch.global_ // ranks
+        if batch.micro < local and local % batch.micro:
+            raise UserError(
+                f"batch.micro={batch.micro} does not divide the {local} sequences of a rank; "
+                f"{nearest_divisors(local, batch.micro)} would"
+            )
+        _check_micro_batches(layout, max(local // batch.micro, 1), prefix)
+
+
+def data_parallel_replicas(layout: ParallelConfig, world_size: int, prefix: str = "parallel") -> int:
+    """``dp_replicate`` of a layout over ``world_size`` ranks, ``auto`` resolved."""
+    axes = {"tp": layout.tp, "dp_shard": layout.dp_shard, "cp": layout.cp, "pp": layout.pp}
+    used = prod(axes.values())
+    said = " x ".join(f"{name}={size}" for name, size in axes.items() if size > 1 or name in ("tp", "dp_shard"))
+    if layout.dp_replicate == "auto":
+        if world_size % used and not (layout.idle_ranks and world_size > used):
+            raise UserError(
+                f"{prefix}: {said} = {used} ranks do not divide the {world_size} "
+                f"that run; start {nearest_multiples(used, world_size)} (torchrun --nproc-per-node)"
+            )
+        return world_size // used
+    wanted = used * layout.dp_replicate
+    if wanted > world_size or (wanted < world_size and not layout.idle_ranks):
+        instead = "set dp_replicate=auto" + (", or idle_ranks=true" if wanted < world_size else "")
+        raise UserError(
+            f"{prefix}: {said} x dp_replicate={layout.dp_replicate} = {wanted} ranks, but {world_size} run; "
+            f"start {wanted}, or {instead}"
+        )
+    return layout.dp_replicate
+
+
+def _check_sizes(config: Config, index: int, layout: ParallelConfig, prefix: str) -> None:
+    model = config.stage_model(index)
+    name = "kv_groups" if model.kv_groups else "heads"
+    for what, size in (
+        (name, model.groups),
+        ("mlp", model.mlp_size),
+        ("vocab_multiple", model.vocab_multiple),
+    ):
+        if size % layout.tp:
+            stage = f"stage {index} ({config.stream[index].domain})"
+            raise UserError(
+                f"{prefix}.tp={layout.tp} does not divide {what}={size} of {stage}; "
+                f"{what}={nearest_multiples(layout.tp, size)} or tp={nearest_divisors(size, layout.tp)} would do"
+            )
+
+
+def _stage_name(config: Config, index: int) -> str:
+    return f"stage {index} ({config.stream[index].domain})"
+
+
+def _check_pipeline(config: Config, index: int, layout: ParallelConfig, prefix: str) -> None:
+    """Every pipeline stage has a layer, and a given split is one of this model."""
+    layers, stages = config.stage_model(index).layers, layout.pp * layout.stages_per_rank
+    of = _stage_name(config, index)
+    if layout.pp > 1 and stages > layers:
+        raise UserError(
+            f"{prefix}: pp={layout.pp} with {layout.schedule} makes {stages} pipeline stages, and {of} has "
+            f"layers={layers}; every stage needs one: layers={stages} or more, or a smaller pp"
+        )
+    if layout.split != "estimated" and (len(layout.split) != stages or sum(layout.split) != layers):
+        raise UserError(
+            f"{prefix}.split={list(layout.split)}: {of} wants {stages} numbers that add up to layers={layers}; "
+            "leave it out to have them chosen"
+        )
+
+
+def _check_sequence(config: Config, index: int, layout: ParallelConfig, prefix: str) -> None:
+    """Sequences divide over the ranks that share them."""
+    model = config.stage_model(index)
+    chunks = layout.cp if model.family == "bert" or layout.cp == 1 else 2 * layout.cp
+    pieces = chunks * (layout.tp if layout.sequence_parallel else 1)
+    if model.seq_len % pieces:
+        why = f"cp={layout.cp}" if layout.cp > 1 else ""
+        if layout.sequence_parallel:
+            why += " and " * bool(why) + f"tp={layout.tp} with sequence_parallel"
+        raise UserError(
+            f"{prefix}: {why} cut sequences into {pieces} parts, which do not divide seq_len={model.seq_len} of "
+            f"{_stage_name(config, index)}; {nearest_multiples(pieces, model.seq_len)} would"
+        )
+
+
+def _check_micro_batches(layout: ParallelConfig, count: int, prefix: str) -> None:
+    """Interleaved schedules go in rounds of as many micro-batches as there are pipeline ranks, or a few more."""
+    if layout.pp == 1 or layout.schedule not in ("interleaved_1f1b", "zero_bubble"):
+        return
+    if count % max(1, count // layout.pp):
+        raise UserError(
+            f"{prefix}.schedule={layout.schedule}: {count} micro-batches a step do not make equal rounds over "
+            f"pp={layout.pp} ranks; {nearest_multiples(layout.pp, count)} would (batch.global, batch.micro)"
+        )
