@@ -147,7 +147,7 @@ def make_grid(parallel: ParallelConfig, device: torch.device) -> Grid:
     world_size = dist.get_world_size()
     replicas = data_parallel_replicas(parallel, world_size)
     shape = (parallel.pp, replicas, parallel.dp_shard * parallel.cp, parallel.tp)
-    ranks = torch.arange(prod(shape)).view(shape)
+    ranks = torch.arange(prod(shape), device="cpu").view(shape)
     everyone = None if ranks.numel() == world_size else dist.new_group(ranks.flatten().tolist())
     mesh = DeviceMesh(device.type, ranks, mesh_dim_names=MESH_AXES)
     groups = {}
