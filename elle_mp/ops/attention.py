@@ -6,9 +6,12 @@ weights are dropped, it is :mod:`elle_mp.ops.chunked_attention`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from elle_mp.ops.chunked_attention import chunked_attention
 from elle_mp.ops.dropout import DropoutKey, keep_mask, keep_scale, sample_keys, threshold
@@ -25,35 +28,35 @@ def attention(
     key: DropoutKey | None = None,
     first_head: int = 0,
     heads: int | None = None,
+    runs: Sequence[range] | None = None,
 ) -> Tensor:
     """Scaled dot-product attention, softmax(q k^T / sqrt(hd)) v, of every sequence with itself.
 
     Args:
-        q: ``[B, S, H, hd]``, any strides.
+        q: ``[B, S, H, hd]``, any strides; ``[B, Sq, H, hd]`` with ``runs``.
         k, v: ``[B, S, G, hd]`` with ``G`` dividing ``H``: query head ``h`` reads group ``h // (H / G)``.
         causal: position ``s`` sees positions up to ``s`` only.
         dropout: probability of dropping an attention weight.
         key: needed when ``dropout`` is positive.
         first_head: number of ``q[:, :, 0]`` among the heads of all tensor-parallel ranks: masks go by it.
         heads: how many heads all ranks have together; only checked.
+        runs: which of the ``S`` positions the queries have, in their order, when this rank holds some of them
+            (context parallelism). They see, and drop, what they would if all were here.
 
     Returns:
-        ``[B, S, H, hd]``.
+        ``[B, S, H, hd]``, or ``[B, Sq, H, hd]``.
 
     Raises:
         ValueError: the shapes do not fit, or a key is missing.
     """
-    batch, length, local, head_dim = q.shape
-    groups = k.shape[2]
-    if k.shape != v.shape or k.shape != (batch, length, groups, head_dim) or groups == 0 or local % groups:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"attention shapes do not fit: {shapes}")
-    keys = _keys(batch, dropout, key)
+    _check_shapes(q, k, v, runs)
+    local, groups = q.shape[2], k.shape[2]
+    keys = _keys(q.shape[0], dropout, key)
     _check_heads(first_head, local, heads)
     if _sdpa_is_better(q, dropout):
-        return _sdpa(q, k, v, causal)
-    out = chunked_attention(q.unflatten(2, (groups, local // groups)), k, v, causal, dropout, keys, first_head)
-    return out.flatten(2, 3)
+        return _sdpa(q, k, v, causal) if runs is None else _sdpa_of_runs(q, k, v, causal, runs)
+    grouped = q.unflatten(2, (groups, local // groups))
+    return chunked_attention(grouped, k, v, causal, dropout, keys, first_head, runs).flatten(2, 3)
 
 
 def packed_attention(
@@ -89,7 +92,7 @@ def packed_attention(
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float, keys: Tensor | None, first_head: int
 ) -> Tensor:
-    """:func:`attention` spelled out: every weight is materialised. What the tests compare with."""
+    """:func:`attention` of all positions spelled out: every weight is materialised. What the tests compare with."""
     batch, length, heads, head_dim = q.shape
     grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], head_dim)
     scores = torch.einsum("bsgjd,btgd->bgjst", grouped, k) * head_dim**-0.5
@@ -116,6 +119,44 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     grouped = q.shape[2] != k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+
+
+def _sdpa_of_runs(q: Tensor, k: Tensor, v: Tensor, causal: bool, runs: Sequence[range]) -> Tensor:
+    """SDPA of queries that are some of the sequence, each run with the keys up to its end."""
+    if not causal:
+        return _sdpa(q, k, v, causal)
+    parts = q.split([len(run) for run in runs], dim=1)
+    return torch.cat(
+        [_sdpa_of_last(x, k[:, : run.stop], v[:, : run.stop]) for x, run in zip(parts, runs, strict=True)], 1
+    )
+
+
+def _sdpa_of_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal SDPA of the last positions' queries; ``is_causal`` would take them for the first ones."""
+    queries, seen = q.shape[1], k.shape[1]
+    if queries == seen:
+        return _sdpa(q, k, v, causal=True)
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    mask: Tensor
+    if q.is_cuda:
+        mask = causal_lower_right(queries, seen)  # no tensor of weights: FlashAttention aligns so by itself
+    else:
+        mask = torch.ones(queries, seen, dtype=torch.bool, device=q.device).tril(seen - queries)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, runs: Sequence[range] | None) -> None:
+    batch, queries, local, head_dim = q.shape
+    length, groups = k.shape[1:3]
+    fit = k.shape == v.shape == (batch, length, groups, head_dim) and groups > 0 and local % groups == 0
+    if runs is None:
+        fit = fit and queries == length
+    else:
+        fit = fit and sum(map(len, runs)) == queries and all(0 <= run.start <= run.stop <= length for run in runs)
+    if not fit:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"attention shapes do not fit: {shapes}" + (f", runs {list(runs)}" if runs else ""))
 
 
 def _keys(batch: int, dropout: float, key: DropoutKey | None) -> Tensor:

@@ -29,21 +29,30 @@ saves must be worth the smaller GEMMs."""
 
 
 def chunked_attention(
-    q: Tensor, k: Tensor | None, v: Tensor | None, causal: bool, dropout: float, keys: Tensor, first_head: int
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    causal: bool,
+    dropout: float,
+    keys: Tensor,
+    first_head: int,
+    runs: Sequence[range] | None = None,
 ) -> Tensor:
-    """Attention of every sequence with itself.
+    """Attention of every sequence with itself, for all of its queries or some.
 
     Args:
-        q: ``[B, S, G, J, hd]`` (``J`` query heads to a group), or all of ``[B, S, G, J + 2, hd]`` with key
+        q: ``[B, Sq, G, J, hd]`` (``J`` query heads to a group), or all of ``[B, S, G, J + 2, hd]`` with key
             and value last.
         k, v: ``[B, S, G, hd]``, or ``None`` when ``q`` has them.
         keys: int64 ``[B]``, :func:`elle_mp.ops.dropout.sample_keys`.
         first_head: number of the first query head in the masks.
+        runs: the positions of the ``Sq`` queries among the ``S`` keys; ``None`` when they are the same.
 
     Returns:
-        ``[B, S, G, J, hd]``, contiguous.
+        ``[B, Sq, G, J, hd]``, contiguous.
     """
-    rows = _Rows(causal, dropout, keys, first_head, q.shape[1])
+    length = q.shape[1] if k is None else k.shape[1]
+    rows = _Rows(causal, dropout, keys, first_head, length, tuple(runs or (range(length),)))
     out: Tensor
     if k is None or v is None:
         out = _Packed.apply(q, rows)
@@ -59,6 +68,8 @@ class _Block:
     samples: slice
     first: int
     end: int
+    place: int
+    """Position of the first query in the sequence."""
     seen: int
     """Number of keys that any of the queries sees."""
 
@@ -72,18 +83,29 @@ class _Rows:
     keys: Tensor
     first_head: int
     length: int
+    """Number of keys."""
+    runs: tuple[range, ...]
+    """Positions of the queries, in the order in which they lie."""
 
     def blocks(self, heads: int) -> Iterator[list[_Block]]:
         """The blocks of a group of sequences: short sequences together, a long one in several blocks."""
         batch, per_query = len(self.keys), max(1, heads * self.length)
-        rows = max(1, min(self.length, _BLOCK_ELEMENTS // per_query))
+        rows = max(1, min(max(map(len, self.runs)), _BLOCK_ELEMENTS // per_query))
         if self.causal:
             rows = min(rows, max(_CAUSAL_ROWS, -(-self.length // 4)))
         count = max(1, _BLOCK_ELEMENTS // (per_query * rows))
         for start in range(0, batch, count):
             samples = slice(start, min(batch, start + count))
-            cuts = [(first, min(self.length, first + rows)) for first in range(0, self.length, rows)]
-            yield [_Block(samples, first, end, end if self.causal else self.length) for first, end in cuts]
+            yield list(self._cuts(samples, rows))
+
+    def _cuts(self, samples: slice, rows: int) -> Iterator[_Block]:
+        """Blocks of up to ``rows`` queries; none reaches over a run's end."""
+        first = 0
+        for run in self.runs:
+            for place in range(run.start, run.stop, rows):
+                size = min(rows, run.stop - place)
+                yield _Block(samples, first, first + size, place, place + size if self.causal else self.length)
+                first += size
 
     def forward(self, scores: Tensor, lse: Tensor, block: _Block, scale: float) -> None:
         """Turns scores ``[n, H, Q, K]`` into dropped weights in place and writes ``lse [n, H, Q]``."""
@@ -91,7 +113,7 @@ class _Rows:
         if native is not None:
             native(as_array(scores), as_array(lse), *self._arguments(block, scale))
             return
-        wide = self._scaled(scores, block.first, scale)
+        wide = self._scaled(scores, block.place, scale)
         lse.copy_(torch.logsumexp(wide, -1))
         weights = wide.sub_(lse[..., None]).exp_()
         if threshold(self.dropout):
@@ -104,7 +126,7 @@ class _Rows:
         if native is not None:
             native(as_array(scores), as_array(grads), as_array(lse), *self._arguments(block, scale))
             return
-        weights = self._scaled(scores, block.first, scale).sub_(lse[..., None]).exp_()
+        weights = self._scaled(scores, block.place, scale).sub_(lse[..., None]).exp_()
         wide = grads.to(weights.dtype)
         if threshold(self.dropout):
             mask = self._mask(scores, block).to(wide.dtype) * keep_scale(self.dropout)
@@ -122,7 +144,7 @@ class _Rows:
         return None if module is None else getattr(module, name)
 
     def _arguments(self, block: _Block, scale: float) -> tuple[Any, ...]:
-        masks = as_array(self.keys[block.samples]), self.first_head, block.first, self.length, self.causal
+        masks = as_array(self.keys[block.samples]), self.first_head, block.place, self.length, self.causal
         p = self.dropout
         return (*masks, threshold(p), scale, keep_scale(p), torch.get_num_threads())
 
@@ -137,7 +159,7 @@ class _Rows:
     def _mask(self, scores: Tensor, block: _Block) -> Tensor:
         keys = self.keys[block.samples].to(scores.device)
         _, heads, queries, columns = scores.shape
-        starts = ((self.first_head + head) * self.length + block.first for head in range(heads))
+        starts = ((self.first_head + head) * self.length + block.place for head in range(heads))
         return torch.stack([keep_mask(keys, start, queries, columns, self.dropout) for start in starts], dim=1)
 
 
@@ -156,8 +178,8 @@ class _Separate(torch.autograd.Function):
         q, k, v, lse = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         _backward(q, k, v, lse, _gather(grad), (dq, dk, dv), ctx.rows)
-        batch, length, groups, _, head_dim = grad.shape
-        shape = (batch, length, groups, 1, head_dim)
+        batch, _, groups, _, head_dim = grad.shape
+        shape = (batch, k.shape[2], groups, 1, head_dim)
         d_key, d_value = (_scattered(x, shape)[:, :, :, 0] for x in (dk, dv))
         return _scattered(dq, grad.shape), d_key, d_value, None
 
@@ -277,12 +299,13 @@ def _backward(
 
 
 class _Sum:
-    """A sum of products over blocks, into ``out [m, S, hd]``; several are added up in fp32."""
+    """A sum of products over blocks, into ``out [m, S, hd]``; added up in fp32 if not one product of all keys."""
 
     def __init__(self, out: Tensor, blocks: list[_Block]) -> None:
         self.out = out
         wide = torch.float64 if out.dtype == torch.float64 else torch.float32
-        self.total = None if len(blocks) == 1 else torch.zeros_like(out, dtype=wide)
+        whole = len(blocks) == 1 and blocks[0].seen == out.shape[1]
+        self.total = None if whole else torch.zeros_like(out, dtype=wide)
 
     def add(self, left: Tensor, right: Tensor) -> None:
         """Adds ``left @ right [m, seen, hd]``."""

@@ -9,6 +9,7 @@ AVX-512 instructions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,24 +89,35 @@ def keep_mask(keys: Tensor, first_row: int, rows: int, columns: int, p: float) -
     return halves.flatten(-2)[..., :columns] >= threshold(p)
 
 
-def dropout(x: Tensor, p: float, key: DropoutKey, first_row: int = 0) -> Tensor:
+def dropout(x: Tensor, p: float, key: DropoutKey, first_row: int | Sequence[int] = 0) -> Tensor:
     """Drops elements of ``x`` with probability ``p`` and scales the others by 1 / (1 - p).
 
     Args:
         x: ``[B, S, D]``, any strides.
         p: in [0, 1); at 0 ``x`` itself is returned.
         key: sequence ``b`` uses ``key.samples[b]``; element ``(s, d)`` of it has its own bits.
-        first_row: position of ``x[:, 0]`` in the whole sequence, when the sequence is cut over ranks.
+        first_row: position of ``x[:, 0]`` in the whole sequence, when the sequence is cut over ranks; several when
+            ``x`` is as many equally long runs of positions, one behind the other.
 
     Raises:
-        ValueError: ``p`` out of range, or the key is for another number of sequences.
+        ValueError: ``p`` out of range, the key is for another number of sequences, or the runs do not divide ``S``.
     """
     if threshold(p) == 0:
         return x
     if x.dim() != 3 or key.samples.shape != (x.shape[0],):
         raise ValueError(f"dropout wants x [B, S, D] and B samples, got {tuple(x.shape)}, {tuple(key.samples.shape)}")
-    out: Tensor = _Dropout.apply(x, p, sample_keys(key), first_row)
-    return out
+    keys = sample_keys(key)
+    out: Tensor
+    if isinstance(first_row, int):
+        out = _Dropout.apply(x, p, keys, first_row)
+        return out
+    if x.shape[1] % len(first_row):
+        raise ValueError(f"dropout: {x.shape[1]} positions are not {len(first_row)} equally long runs")
+    # Rows enter a mask as key + GOLDEN * row: a run that starts at row r is one that starts at 0 under another key.
+    starts = torch.tensor(first_row, dtype=torch.int64) * _signed(GOLDEN)
+    runs = x.unflatten(1, (len(first_row), x.shape[1] // len(first_row))).flatten(0, 1)
+    out = _Dropout.apply(runs, p, (keys[:, None] + starts).flatten(), 0)
+    return out.reshape(x.shape)
 
 
 def apply_mask(x: Tensor, p: float, keys: Tensor, first_row: int) -> Tensor:
