@@ -191,7 +191,7 @@ class Study:
                 steps = round(steps * self._cost(self._target(arm)) / self._cost(source.model.spec))
             source.every *= arm.longer
             self._train(source, seed, [rate_factor(self._falling, step, steps) for step in range(steps)])
-            return start | {"points": source.points, "params": parameter_count(source.model)}
+            return start | {"points": source.points, "params": parameter_count(source.model.spec)}
         return start | self._grown(arm, seed, source)
 
     @property
@@ -263,7 +263,7 @@ class Study:
             for step in range(steps)
         ]
         self._train(run, seed, factors)
-        return {"points": run.points, "params": parameter_count(run.model), "source_flops": source}
+        return {"points": run.points, "params": parameter_count(run.model.spec), "source_flops": source}
 
     def _grown(self, arm: Arm, seed: int, source: Run) -> dict[str, Any]:
         growth = GrowthConfig.model_validate({"rewarm_steps": self.settings.rewarm_steps, **arm.growth})
@@ -302,7 +302,7 @@ class Study:
         self._train(run, seed, factors, growth, plan.rate, since=recovery)
         return {
             "points": run.points,
-            "params": parameter_count(run.model),
+            "params": parameter_count(run.model.spec),
             "plan": {key: record[key] for key in ("width", "depth", "moments", "rate", "noise_db", "exact", "reason")},
             "after": log(record["ppl_after"]["mix"]),
             "max_logit_diff_rel": record["max_logit_diff_rel"],

@@ -17,7 +17,7 @@ from elle_mp.models.spec import ModelSpec
 from elle_mp.models.transformer import Transformer
 from elle_mp.ops.random import normal_block
 from elle_mp.parallel.mesh import Grid, make_grid, start_distributed
-from elle_mp.parallel.sharding import initialise, local_tensor, my_bounds, named_specs
+from elle_mp.parallel.sharding import copies_of, initialise, local_tensor, my_bounds, named_specs
 from elle_mp.train.optimizer import ShardedAdamW
 
 FAMILIES = ("bert", "gpt", "llama")
@@ -66,12 +66,12 @@ def model_of(
 @torch.no_grad()
 def scatter(model: Transformer, seed: int, spread: float) -> None:
     """Adds normal values to every parameter, the same under every layout."""
-    specs = dict(named_specs(model))
+    specs, copies = dict(named_specs(model)), copies_of(model)
     for name, parameter in model.named_parameters():
         shape = specs[name].shape(model.sizes)
         local = local_tensor(parameter)
         bounds = my_bounds(specs[name], shape, model.grid)
-        local.add_(normal_block(seed, f"test/{name}", shape, bounds, local.dtype), alpha=spread)
+        local.add_(normal_block(seed, f"test/{copies.get(name, name)}", shape, bounds, local.dtype), alpha=spread)
 
 
 @torch.no_grad()

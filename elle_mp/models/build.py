@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from elle_mp.models.pipeline import LanguageModel, Pipeline, stage_parts
 from elle_mp.models.spec import ModelSpec
 from elle_mp.models.transformer import Transformer
 from elle_mp.parallel.data_parallel import shard
 from elle_mp.parallel.mesh import Grid
+from elle_mp.parallel.pipeline import Part
 from elle_mp.parallel.sharding import local_tensor
 
 
@@ -35,10 +37,18 @@ class Precision:
         return Precision(self.master, self.master)
 
 
-def empty_model(spec: ModelSpec, grid: Grid, precision: Precision, reshard: bool = True) -> Transformer:
-    """A sharded model whose parameters have memory but no values yet."""
+def empty_model(spec: ModelSpec, grid: Grid, precision: Precision, reshard: bool = True) -> LanguageModel:
+    """A sharded model whose parameters have memory but no values yet; of a pipeline, this rank's stages."""
+    if grid.pipeline_stages == 1:
+        return _empty_part(spec, grid, precision, reshard, None)
+    parts = stage_parts(spec, grid)
+    mine = [_empty_part(spec, grid, precision, reshard, parts[stage]) for stage in grid.my_stages]
+    return Pipeline(mine, precision.compute)
+
+
+def _empty_part(spec: ModelSpec, grid: Grid, precision: Precision, reshard: bool, part: Part | None) -> Transformer:
     with torch.device("meta"):
-        model = Transformer(spec, grid, precision.master)
+        model = Transformer(spec, grid, precision.master, part)
     compute = None if precision.compute == precision.master else precision.compute
     shard(model, model.layers.values(), grid, compute, reshard)
     model.to_empty(device=grid.device)
@@ -48,11 +58,12 @@ def empty_model(spec: ModelSpec, grid: Grid, precision: Precision, reshard: bool
 
 
 @torch.no_grad()
-def checking_copy(model: Transformer, precision: Precision) -> Transformer:
+def checking_copy(model: LanguageModel, precision: Precision) -> LanguageModel:
     """The same model computing in its masters' precision, on the same shards (one more copy of the parameters)."""
     copy = empty_model(model.spec, model.grid, precision.checking)
     for target, source in zip(copy.parameters(), model.parameters(), strict=True):
         local_tensor(target).copy_(local_tensor(source))
-    if model.norm_stats is not None and copy.norm_stats is not None:
-        copy.norm_stats.copy_(model.norm_stats)
+    for target_part, part in zip(copy.parts, model.parts, strict=True):
+        if target_part.norm_stats is not None and part.norm_stats is not None:
+            target_part.norm_stats.copy_(part.norm_stats)
     return copy.eval()

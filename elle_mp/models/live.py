@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from elle_mp.models.layers import Attention, Mlp
+from elle_mp.models.pipeline import LanguageModel
 from elle_mp.models.transformer import Block, Transformer
 
 
 @torch.no_grad()
-def anneal_norms(model: Transformer, remaining: int) -> None:
+def anneal_norms(model: LanguageModel, remaining: int) -> None:
     """One of ``remaining`` steps in which the weights of the norms' statistics go back to uniform (growth.md, 1.1).
 
     ``w += (1 / D - w) / remaining`` on the fp64 buffer ``[D]``: a straight line from any weights, on which each step
@@ -24,17 +25,18 @@ def anneal_norms(model: Transformer, remaining: int) -> None:
     """
     if remaining < 1:
         raise ValueError(f"remaining={remaining}: the last step of annealing has remaining=1")
-    stats = model.norm_stats
-    if stats is None:
-        return
     uniform = 1.0 / model.spec.embed
-    if remaining == 1:
-        stats.fill_(uniform)
-    else:
-        stats.add_(uniform - stats, alpha=1.0 / remaining)
+    for part in model.parts:
+        stats = part.norm_stats
+        if stats is None:
+            continue
+        if remaining == 1:
+            stats.fill_(uniform)
+        else:
+            stats.add_(uniform - stats, alpha=1.0 / remaining)
 
 
-def settle_norms(model: Transformer) -> bool:
+def settle_norms(model: LanguageModel) -> bool:
     """Makes a model whose statistics' weights are uniform one with plain norms, in place; whether its norms are plain.
 
     The next forward pass takes the ordinary LayerNorm, and the next checkpoint has no weights to keep.
@@ -44,12 +46,13 @@ def settle_norms(model: Transformer) -> bool:
         return True
     if not bool((stats == 1.0 / model.spec.embed).all()):
         return False
-    model.norm_stats = None
+    for part in model.parts:
+        part.norm_stats = None
     _describe(model, weighted_norms=False)
     return True
 
 
-def open_vocabulary(model: Transformer, ids: int) -> None:
+def open_vocabulary(model: LanguageModel, ids: int) -> None:
     """Lets the softmax know the first ``ids`` ids: a tokenizer that has them is about to train. It never closes any.
 
     Raises:
@@ -62,7 +65,7 @@ def open_vocabulary(model: Transformer, ids: int) -> None:
         _describe(model, live_vocab=0 if ids == spec.vocab_size else ids)
 
 
-def _describe(model: Transformer, **changes: Any) -> None:
+def _describe(model: LanguageModel, **changes: Any) -> None:
     """Changes the spec of a model and of every part that holds it."""
     spec = replace(model.spec, **changes)
     for module in model.modules():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from elle_mp.axes import Axis, Dim, ParamSpec, Role
 from elle_mp.models.layers import INIT_STD, Attention, Mlp, Norm, Pass, bias, matrix, rotary_table
@@ -15,10 +18,14 @@ from elle_mp.ops.embedding import lookup
 from elle_mp.ops.linear_cross_entropy import linear_cross_entropy
 from elle_mp.parallel.collectives import copy_to_tp, reduce_from_tp
 from elle_mp.parallel.mesh import Grid
+from elle_mp.parallel.pipeline import Part
 from elle_mp.parallel.sharding import ShardedModule
 
 SITES_PER_LAYER = 3
 """Dropout acts on the attention weights and on both sub-layers' outputs."""
+
+TOKEN_TABLE = ParamSpec((Dim((Axis.VOCAB,)), Dim((Axis.EMBED,), Role.WRITE)), std=INIT_STD)
+"""The input table; when it is tied, also the output table."""
 
 IGNORED = -100
 """A target that is not predicted."""
@@ -41,12 +48,31 @@ class Block(ShardedModule):
 
     def forward(self, x: Tensor, shared: Pass) -> Tensor:
         """Maps the residual stream ``x [B, S, D]`` through the layer."""
-        if self.spec.pre_norm:
-            x = x + self._drop(self.attention(self.attention_norm(x, shared), shared), shared, 1)
-            return x + self._drop(self.mlp(self.mlp_norm(x, shared), shared), shared, 2)
-        y = self.attention_norm(x + self._drop(self.attention(x, shared), shared, 1), shared)
-        y = self.mlp_norm(y + self._drop(self.mlp(y, shared), shared, 2), shared)
+        return self._kept("full", self._layer, x, shared)
+
+    def _layer(self, x: Tensor, shared: Pass) -> Tensor:
+        y = self._kept("selective", self._with_mlp, self._with_attention(x, shared), shared)
         return x + self.local("gate") * (y - x) if self.gated else y
+
+    def _with_attention(self, x: Tensor, shared: Pass) -> Tensor:
+        if self.spec.pre_norm:
+            return x + self._drop(self.attention(self.attention_norm(x, shared), shared), shared, 1)
+        return self.attention_norm(x + self._drop(self.attention(x, shared), shared, 1), shared)
+
+    def _with_mlp(self, x: Tensor, shared: Pass) -> Tensor:
+        if self.spec.pre_norm:
+            return x + self._drop(self.mlp(self.mlp_norm(x, shared), shared), shared, 2)
+        return self.mlp_norm(x + self._drop(self.mlp(x, shared), shared, 2), shared)
+
+    def _kept(self, level: str, part: Callable[[Tensor, Pass], Tensor], x: Tensor, shared: Pass) -> Tensor:
+        """``part(x, shared)``; of its activations only ``x`` is kept when ``parallel.recompute`` is ``level``.
+
+        Dropout masks are drawn by key, so no generator's state has to be put back.
+        """
+        if self.grid.parallel.recompute != level or not torch.is_grad_enabled():
+            return part(x, shared)
+        out: Tensor = checkpoint(part, x, shared, use_reentrant=False, preserve_rng_state=False)
+        return out
 
     def _drop(self, x: Tensor, shared: Pass, site: int) -> Tensor:
         key = shared.site(self.site + site)
@@ -69,7 +95,7 @@ class MlmHead(ShardedModule):
 
 
 class Transformer(ShardedModule):
-    """A language model of any family.
+    """A language model of any family, or the part of one that a pipeline stage holds.
 
     ``forward`` is the only entry: it returns the sum of the losses over all targets, or the logits when there are
     no targets, so that FSDP2's hooks see every use of the root's parameters (the tied table has two).
@@ -77,10 +103,20 @@ class Transformer(ShardedModule):
 
     norm_stats: Tensor | None
 
-    def __init__(self, spec: ModelSpec, grid: Grid, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, grid: Grid, dtype: torch.dtype, part: Part | None = None) -> None:
         super().__init__(grid, spec.axes, dtype)
         self.spec = spec
-        self.declare("token_table", ParamSpec((Dim((Axis.VOCAB,)), Dim((Axis.EMBED,), Role.WRITE)), std=INIT_STD))
+        self.part = part = part or Part(range(spec.layers))
+        if part.first:
+            self._declare_embeddings(spec, dtype)
+        self.layers = nn.ModuleDict({str(index): Block(grid, spec, dtype, index) for index in part.layers})
+        if part.last:
+            self._declare_head(spec, dtype)
+        stats = torch.empty(spec.embed, dtype=torch.float64, device="meta") if spec.weighted_norms else None
+        self.register_buffer("norm_stats", stats)
+
+    def _declare_embeddings(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+        self.declare("token_table", TOKEN_TABLE)
         if not spec.rotary:
             dims = (Dim((Axis.POSITIONS,)), Dim((Axis.EMBED,), Role.WRITE))
             self.declare("position_table", ParamSpec(dims, std=INIT_STD))
@@ -88,44 +124,59 @@ class Transformer(ShardedModule):
             prompt = (Dim((Axis.DOMAINS,)), Dim((Axis.TOKENS,)), Dim((Axis.EMBED,), Role.WRITE))
             self.declare("prompt_table", ParamSpec(prompt, std=INIT_STD))
         if not spec.pre_norm:
-            self.embedding_norm = Norm(grid, spec, dtype)
-        self.layers = nn.ModuleDict({str(index): Block(grid, spec, dtype, index) for index in range(spec.layers)})
+            self.embedding_norm = Norm(self.grid, spec, dtype)
+
+    def _declare_head(self, spec: ModelSpec, dtype: torch.dtype) -> None:
         if spec.pre_norm:
-            self.final_norm = Norm(grid, spec, dtype, in_front_of_table=spec.tied)
+            self.final_norm = Norm(self.grid, spec, dtype, in_front_of_table=spec.tied)
         else:
-            self.head = MlmHead(grid, spec, dtype)
+            self.head = MlmHead(self.grid, spec, dtype)
         if not spec.tied:
             dims = (Dim((Axis.VOCAB,)), Dim((Axis.EMBED,), Role.READ))
             self.declare("output_table", ParamSpec(dims, std=INIT_STD))
-        stats = torch.empty(spec.embed, dtype=torch.float64, device="meta") if spec.weighted_norms else None
-        self.register_buffer("norm_stats", stats)
+        elif not self.part.first:
+            self.declare("output_table", TOKEN_TABLE)
+            self.copies["output_table"] = "token_table"
+
+    @property
+    def parts(self) -> tuple[Transformer, ...]:
+        """As of a :class:`elle_mp.models.pipeline.Pipeline`: itself."""
+        return (self,)
 
     def forward(
         self,
-        tokens: Tensor,
+        inputs: Tensor,
         domain: Tensor,
         targets: Tensor | None = None,
         key: DropoutKey | None = None,
     ) -> Tensor:
-        """Runs the model on one micro-batch.
+        """Runs the model, or its part, on one micro-batch.
 
         Args:
-            tokens: ``[B, T]`` text ids (masked ones for ``bert``).
+            inputs: text ids ``[B, T]`` (masked ones for ``bert``); hidden states ``[B, S, D]`` for a part that is not
+                the first.
             domain: ``[B]`` row of the prompt table of each sequence.
             targets: ``[B, T]`` ids to predict, :data:`IGNORED` where nothing is predicted.
             key: the dropout key; ``None`` for no dropout (evaluation).
 
         Returns:
             The sum of the targets' cross entropies (a scalar, the same on every tensor-parallel rank), or without
-            targets this rank's logits ``[B, T, padded_vocab / tp]``.
+            targets this rank's logits ``[B, T, padded_vocab / tp]``; hidden states ``[B, S, D]`` of a part that is
+            not the last.
         """
-        shared = self._shared(tokens.shape[1] + self.spec.prompt_tokens, key)
-        x = self._embed(tokens, domain, shared)
+        prompt = self.spec.prompt_tokens
+        shared = self._shared(inputs.shape[1] + (prompt if self.part.first else 0), key)
+        x = self._embed(inputs, domain, shared) if self.part.first else inputs
         for block in self.layers.values():
             x = block(x, shared)
-        x = x[:, self.spec.prompt_tokens :]
+        if not self.part.last:
+            return x
+        x = x[:, prompt:]
         if targets is None:
             return F.linear(self._before_table(x, shared), self._table(), self._table_bias())
+        return self._losses(x, targets, shared)
+
+    def _losses(self, x: Tensor, targets: Tensor, shared: Pass) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         chosen = targets.reshape(-1)
         wanted = chosen != IGNORED
@@ -168,7 +219,7 @@ class Transformer(ShardedModule):
         return copy_to_tp(x, self.tp_group)
 
     def _table(self) -> Tensor:
-        return self.local("token_table" if self.spec.tied else "output_table")
+        return self.local("token_table" if self.spec.tied and self.part.first else "output_table")
 
     def _table_bias(self) -> Tensor | None:
         return None if self.spec.pre_norm else self.head.local("table_bias")

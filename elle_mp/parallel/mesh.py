@@ -29,13 +29,13 @@ class Grid:
     """This rank's place in the layout, and the process groups along its axes.
 
     Attributes:
-        mesh: over :data:`MESH_AXES`.
+        mesh: over :data:`MESH_AXES`; ``None`` for one rank without process groups (a model that is only looked at).
         device: of this rank.
         parallel: the layout.
         everyone: the ranks that have a place, when others have none; ``None`` for all there are.
     """
 
-    mesh: DeviceMesh
+    mesh: DeviceMesh | None
     device: torch.device
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     everyone: dist.ProcessGroup | None = None
@@ -45,16 +45,22 @@ class Grid:
     @property
     def active(self) -> bool:
         """Whether this rank has a place; one that has not waits (``parallel.idle_ranks``)."""
-        return self.mesh.get_coordinate() is not None
+        return self.mesh is None or self.mesh.get_coordinate() is not None
 
     @property
     def tp_mesh(self) -> DeviceMesh:
-        return self.mesh["tp"]
+        return self._mesh["tp"]
+
+    @property
+    def _mesh(self) -> DeviceMesh:
+        if self.mesh is None:
+            raise RuntimeError("this grid has no mesh")
+        return self.mesh
 
     @property
     def fsdp_mesh(self) -> DeviceMesh:
         """What FSDP2 shards over; two-dimensional (HSDP) when there are replicas."""
-        return self.mesh["shard"] if self.size("dp_replicate") == 1 else self.mesh["dp_replicate", "shard"]
+        return self._mesh["shard"] if self.size("dp_replicate") == 1 else self._mesh["dp_replicate", "shard"]
 
     def size(self, axis: str) -> int:
         """Number of ranks along an axis of :data:`MESH_AXES` or :data:`AXES`."""
@@ -66,13 +72,14 @@ class Grid:
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        sizes = {axis: int(self.mesh.size(index)) for index, axis in enumerate(MESH_AXES)}
+        sizes = {axis: 1 if self.mesh is None else int(self.mesh.size(index)) for index, axis in enumerate(MESH_AXES)}
         return sizes | {"dp_shard": sizes["shard"] // self.parallel.cp, "cp": self.parallel.cp}
 
     @cached_property
     def _ranks(self) -> dict[str, int]:
         # Asked for with every parameter of a growth: the mesh looks up process groups each time.
-        ranks = dict(zip(MESH_AXES, self.mesh.get_coordinate() or [0] * len(MESH_AXES), strict=True))
+        place = None if self.mesh is None else self.mesh.get_coordinate()
+        ranks = dict(zip(MESH_AXES, place or [0] * len(MESH_AXES), strict=True))
         shard, context = divmod(ranks["shard"], self.parallel.cp)
         return ranks | {"dp_shard": shard, "cp": context}
 
@@ -80,7 +87,7 @@ class Grid:
         """The process group along an axis of :data:`MESH_AXES` or :data:`AXES`."""
         if axis in self.sub_groups:
             return self.sub_groups[axis]
-        return self.mesh.get_group("shard" if axis in ("dp_shard", "cp") else axis)
+        return self._mesh.get_group("shard" if axis in ("dp_shard", "cp") else axis)
 
     @property
     def tp_size(self) -> int:
@@ -98,6 +105,10 @@ class Grid:
     @property
     def dp_rank(self) -> int:
         return self.rank("dp_replicate") * self.size("dp_shard") + self.rank("dp_shard")
+
+    def local_length(self, length: int) -> int:
+        """Positions on this rank, between sub-layers, of sequences of ``length`` positions."""
+        return length // (self.size("cp") * (self.tp_size if self.parallel.sequence_parallel else 1))
 
     @property
     def pipeline_stages(self) -> int:

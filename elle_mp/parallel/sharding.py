@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import ceil
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ class ShardedModule(nn.Module):
         self.sizes = sizes
         self.dtype = dtype
         self.specs: dict[str, ParamSpec] = {}
+        self.copies: dict[str, str] = {}
+        """Parameters that repeat one of another part, and its name: their values are always the same."""
 
     @property
     def tp_group(self) -> dist.ProcessGroup | None:
@@ -41,20 +44,52 @@ class ShardedModule(nn.Module):
         local = list(shape)
         if cut is not None:
             local[cut] //= self.grid.tp_size
-        parameter = DTensor.from_local(
-            torch.empty(local, dtype=self.dtype, device="meta"),
-            self.grid.tp_mesh,
-            [Replicate() if cut is None else Shard(cut)],
-            run_check=False,
-            shape=shape,
-            stride=torch.empty(shape, device="meta").stride(),
-        )
+        parameter = torch.empty(local, dtype=self.dtype, device="meta")
+        if self.grid.mesh is not None:
+            parameter = DTensor.from_local(
+                parameter,
+                self.grid.tp_mesh,
+                [Replicate() if cut is None else Shard(cut)],
+                run_check=False,
+                shape=shape,
+                stride=torch.empty(shape, device="meta").stride(),
+            )
         self.specs[name] = spec
         self.register_parameter(name, nn.Parameter(parameter))
 
     def local(self, name: str) -> Tensor:
         """This rank's part of a parameter as a plain tensor, differentiable; ``None`` is never returned."""
         return local_tensor(self.get_parameter(name))
+
+
+class PartedModule(nn.Module):
+    """Some parts of a larger module, each of which names its parameters as the whole does."""
+
+    parts: Sequence[ShardedModule]
+
+    def __init__(self, parts: Iterable[ShardedModule]) -> None:
+        super().__init__()
+        self.parts = cast(Sequence[ShardedModule], nn.ModuleList(parts))
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of all parts under their names in the whole."""
+        for part in self.parts:
+            yield from part.named_parameters(prefix, recurse, remove_duplicate)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """The parameter of this name in the whole.
+
+        Raises:
+            AttributeError: no part has it.
+        """
+        for part in self.parts:
+            try:
+                return part.get_parameter(target)
+            except AttributeError:
+                continue
+        raise AttributeError(f"no part has a parameter {target}")
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -64,6 +99,10 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 def named_specs(model: nn.Module) -> Iterator[tuple[str, ParamSpec]]:
     """Every parameter's full name and declaration, in registration order."""
+    if isinstance(model, PartedModule):
+        for part in model.parts:
+            yield from named_specs(part)
+        return
     for prefix, module in model.named_modules():
         if isinstance(module, ShardedModule):
             for name, spec in module.specs.items():
@@ -94,16 +133,25 @@ def my_bounds(spec: ParamSpec, shape: tuple[int, ...], grid: Grid) -> Bounds:
     return shard_bounds(spec, shape, tp, (grid.rank("shard"), grid.size("shard")))
 
 
+def copies_of(model: nn.Module) -> dict[str, str]:
+    """Parameters that repeat one of another pipeline stage, by name, and its name."""
+    if isinstance(model, PartedModule):
+        return {name: original for part in model.parts for name, original in copies_of(part).items()}
+    return model.copies if isinstance(model, ShardedModule) else {}
+
+
 @torch.no_grad()
-def initialise(model: ShardedModule, seed: int) -> None:
+def initialise(model: ShardedModule | PartedModule, seed: int) -> None:
     """Fills every parameter by (seed, name, global index): the same weights under every layout."""
-    specs = dict(named_specs(model))
+    specs, copies = dict(named_specs(model)), copies_of(model)
+    root = model if isinstance(model, ShardedModule) else model.parts[0]
     for name, parameter in model.named_parameters():
         spec = specs[name]
         local = local_tensor(parameter)
         if spec.std is None:
             local.fill_(spec.value)
             continue
-        shape = spec.shape(model.sizes)
-        block = normal_block(seed, f"init/{name}", shape, my_bounds(spec, shape, model.grid), local.dtype)
+        shape = spec.shape(root.sizes)
+        key = f"init/{copies.get(name, name)}"
+        block = normal_block(seed, key, shape, my_bounds(spec, shape, root.grid), local.dtype)
         local.copy_(block.mul_(spec.std))

@@ -16,8 +16,8 @@ from elle_mp.data.build import prepare_domain
 from elle_mp.data.tokenizer import Tokenizer
 from elle_mp.errors import UserError
 from elle_mp.models.build import Precision, empty_model
+from elle_mp.models.pipeline import LanguageModel
 from elle_mp.models.spec import ModelSpec
-from elle_mp.models.transformer import Transformer
 from elle_mp.observe.metrics import write_json
 from elle_mp.observe.tables import evaluation_table, make_console
 from elle_mp.parallel.agreement import on_first_rank, on_first_rank_then_all
@@ -107,7 +107,7 @@ def run_config(run_dir: Path) -> Config:
 
 def _load_model(
     store: CheckpointStore, name: str, spec: ModelSpec, config: Config, device: torch.device
-) -> Transformer:
+) -> LanguageModel:
     """The model alone, sharded over all ranks; the optimizer's tensors of the checkpoint are not read."""
     grid = make_grid(ParallelConfig(dp_shard=dist.get_world_size()), device)
     model = empty_model(spec, grid, Precision.named(config.precision).checking)
@@ -119,7 +119,7 @@ def _load_model(
 
 
 def domain_perplexity(
-    model: Transformer,
+    model: LanguageModel,
     config: Config,
     tokenizer: Tokenizer,
     run_dir: Path,

@@ -10,12 +10,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from elle_mp.data.batches import Batch
-from elle_mp.models.transformer import IGNORED, Transformer
+from elle_mp.models.pipeline import LanguageModel
+from elle_mp.models.transformer import IGNORED
 from elle_mp.parallel.data_parallel import release
 
 
 @torch.no_grad()
-def perplexity(model: Transformer, batches: Iterable[Batch]) -> float:
+def perplexity(model: LanguageModel, batches: Iterable[Batch]) -> float:
     """Exp of the mean cross entropy over all targets of ``batches``, which every rank passes alike.
 
     Each data-parallel rank takes every ``dp_size``-th sequence. Prompts are never targets, so runs with and without
@@ -45,7 +46,7 @@ def _rows_of_rank(batch: Batch, rank: int, size: int) -> Batch:
 
 
 @torch.no_grad()
-def fixed_logits(model: Transformer, batch: Batch) -> Tensor:
+def fixed_logits(model: LanguageModel, batch: Batch) -> Tensor:
     """This rank's part of the logits of a fixed batch, ``[B, T, V_local]``, padding and reserved ids left out."""
     batch = batch.to(model.grid.device)
     logits: Tensor = model(batch.tokens, batch.domain)
@@ -55,7 +56,7 @@ def fixed_logits(model: Transformer, batch: Batch) -> Tensor:
     return logits[..., :real]
 
 
-def largest_difference(before: Tensor, after: Tensor, model: Transformer) -> tuple[float, float]:
+def largest_difference(before: Tensor, after: Tensor, model: LanguageModel) -> tuple[float, float]:
     """Largest change of a logit over all ranks: absolute, and relative to the largest logit.
 
     Args:
@@ -72,7 +73,7 @@ def largest_difference(before: Tensor, after: Tensor, model: Transformer) -> tup
     return float(values[0]), float(values[0] / values[1].clamp_min(1e-300))
 
 
-def _same_ids(before: Tensor, after: Tensor, model: Transformer) -> Iterator[tuple[Tensor, Tensor]]:
+def _same_ids(before: Tensor, after: Tensor, model: LanguageModel) -> Iterator[tuple[Tensor, Tensor]]:
     """Parts of both that belong to the same ids: what this rank has, or else one whole sequence at a time."""
     if model.grid.tp_size > 1:
         group = model.grid.group("tp")

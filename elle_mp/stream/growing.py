@@ -18,7 +18,7 @@ from elle_mp.growth.rates import factors_of
 from elle_mp.models.build import Precision, checking_copy, empty_model
 from elle_mp.models.declarations import declarations
 from elle_mp.models.flops import parameter_count
-from elle_mp.models.transformer import Transformer
+from elle_mp.models.pipeline import LanguageModel
 from elle_mp.stream.evaluation import fixed_logits, largest_difference
 from elle_mp.stream.growth_record import plan_record
 from elle_mp.train.optimizer import ShardedAdamW
@@ -26,7 +26,7 @@ from elle_mp.train.optimizer import ShardedAdamW
 LARGEST_RELATIVE_DIFFERENCE = 1e-3
 """An exact plan that changes logits by more than this has a fault; fp32's rounding stays a hundred times below."""
 
-Perplexities = Callable[[Transformer], dict[str, float]]
+Perplexities = Callable[[LanguageModel], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,19 @@ class Before:
 class Grown:
     """The larger model and its optimizer, and what making them took."""
 
-    model: Transformer
+    model: LanguageModel
     optimizer: ShardedAdamW
     traffic: Traffic
     seconds: float
 
 
-def measure(model: Transformer, precision: Precision, probe: Batch, perplexities: Perplexities) -> Before:
+def measure(model: LanguageModel, precision: Precision, probe: Batch, perplexities: Perplexities) -> Before:
     """Logits on ``probe`` and perplexities, in the masters' precision."""
     checker = checking_copy(model, precision)
-    return Before(fixed_logits(checker, probe), perplexities(checker), parameter_count(model))
+    return Before(fixed_logits(checker, probe), perplexities(checker), parameter_count(model.spec))
 
 
-def optimizer_of(model: Transformer, optim: OptimConfig, lineage: Sequence[GrowthPlan]) -> ShardedAdamW:
+def optimizer_of(model: LanguageModel, optim: OptimConfig, lineage: Sequence[GrowthPlan]) -> ShardedAdamW:
     """The optimizer of a model, with the rates that its growths have left."""
     return ShardedAdamW(model, optim, factors_of(lineage, declarations) if lineage else None)
 
@@ -68,7 +68,7 @@ def optimizer_of(model: Transformer, optim: OptimConfig, lineage: Sequence[Growt
 def grow(
     plan: GrowthPlan,
     lineage: Sequence[GrowthPlan],
-    model: Transformer,
+    model: LanguageModel,
     optimizer: ShardedAdamW,
     optim: OptimConfig,
     precision: Precision,
@@ -98,7 +98,7 @@ def prove(
     """
     checker = checking_copy(grown.model, precision)
     absolute, relative = largest_difference(before.logits, fixed_logits(checker, probe), grown.model)
-    record = plan_record(plan, before.params, parameter_count(grown.model)) | {
+    record = plan_record(plan, before.params, parameter_count(grown.model.spec)) | {
         "max_logit_diff": absolute,
         "max_logit_diff_rel": relative,
         "ppl_before": before.ppl,

@@ -19,8 +19,8 @@ from elle_mp.data.sources import check_source
 from elle_mp.data.tokenizer import Tokenizer
 from elle_mp.errors import UserError
 from elle_mp.growth.plan import GrowthPlan
+from elle_mp.models.pipeline import LanguageModel
 from elle_mp.models.spec import ModelSpec
-from elle_mp.models.transformer import Transformer
 from elle_mp.observe.tables import growth_table
 from elle_mp.ops.random import words
 from elle_mp.parallel.agreement import on_first_rank
@@ -109,8 +109,8 @@ def _measure(
     spec: ModelSpec,
     tensors: StoredTensors,
     batch: Batch,
-    measures: Callable[[Transformer], dict[str, float]] | None,
-) -> tuple[torch.Tensor, dict[str, float], Transformer]:
+    measures: Callable[[LanguageModel], dict[str, float]] | None,
+) -> tuple[torch.Tensor, dict[str, float], LanguageModel]:
     """Logits of ``batch`` in fp64, and perplexities in the masters' precision: they read far more text."""
     masters = tensors.tensors["model.token_table"][1]
     model = stored_model(spec, tensors, DOUBLE, resident=False)
@@ -121,7 +121,7 @@ def _measure(
 
 def _perplexities(
     config: Config, run_dir: Path, spec: ModelSpec, state: RunState, console: Console
-) -> Callable[[Transformer], dict[str, float]] | None:
+) -> Callable[[LanguageModel], dict[str, float]] | None:
     """Perplexity of each finished domain, on the text of the run at the old model's length, where it can be read."""
     finished = len(state.stages)
     if not finished or not (run_dir / "tokenizer").is_dir():
@@ -129,7 +129,7 @@ def _perplexities(
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
     length = spec.text_length
 
-    def measure(model: Transformer) -> dict[str, float]:
+    def measure(model: LanguageModel) -> dict[str, float]:
         out = {}
         for index in range(finished):
             domain, data = config.stream[index].domain, config.stage_data(index)

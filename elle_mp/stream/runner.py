@@ -17,8 +17,8 @@ from elle_mp.growth.plan import GrowthPlan, make_plan
 from elle_mp.models.build import Precision, checking_copy, empty_model
 from elle_mp.models.flops import parameter_count, training_flops_per_token
 from elle_mp.models.live import anneal_norms, open_vocabulary, settle_norms
+from elle_mp.models.pipeline import LanguageModel
 from elle_mp.models.spec import ModelSpec
-from elle_mp.models.transformer import Transformer
 from elle_mp.observe.journal import Journal, Place
 from elle_mp.parallel.agreement import on_first_rank
 from elle_mp.parallel.mesh import Grid, make_grid
@@ -103,7 +103,7 @@ class StreamRunner:
 
     def _make(self, spec: ModelSpec) -> None:
         parallel = self.config.stage_parallel(self.stage_of_layout)
-        self.model: Transformer = empty_model(spec, self.grid, self.precision, parallel.reshard_after_forward)
+        self.model: LanguageModel = empty_model(spec, self.grid, self.precision, parallel.reshard_after_forward)
         optim = self.config.stage_optim(self.stage_of_layout)
         self.optimizer: ShardedAdamW = optimizer_of(self.model, optim, self._lineage())
 
@@ -283,7 +283,7 @@ class StreamRunner:
         spec = self.model.spec
         record = {
             "domain": config.stream[stage].domain,
-            "params": parameter_count(self.model),
+            "params": parameter_count(self.model.spec),
             "layers": spec.layers,
             "heads": spec.heads,
             "kv_groups": spec.kv_groups,
@@ -303,12 +303,12 @@ class StreamRunner:
 
     # Measures
 
-    def _perplexities(self, model: Transformer, seen: int, stage: int) -> dict[str, float]:
+    def _perplexities(self, model: LanguageModel, seen: int, stage: int) -> dict[str, float]:
         """Of the first ``seen`` domains, on text as long as that of ``stage``."""
         stream, held_out = self.config.stream, self.domains.held_out
         return {stream[index].domain: perplexity(model, held_out(index, stage)) for index in range(seen)}
 
-    def _evaluate(self, model: Transformer) -> dict[str, Any]:
+    def _evaluate(self, model: LanguageModel) -> dict[str, Any]:
         """Perplexity of every seen domain, AP and AP+; also a line of ``evals.jsonl``."""
         state = self.state
         ppl = self._perplexities(model, state.stage + 1, state.stage)

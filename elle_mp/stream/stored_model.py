@@ -11,8 +11,8 @@ from torch import nn
 
 from elle_mp.checkpoint.stream_reader import StoredTensors
 from elle_mp.models.declarations import declarations, hollow_model
+from elle_mp.models.pipeline import LanguageModel
 from elle_mp.models.spec import ModelSpec
-from elle_mp.models.transformer import Transformer
 from elle_mp.parallel.sharding import ShardedModule
 
 PREFIX = "model."
@@ -38,7 +38,7 @@ def streaming_bytes(spec: ModelSpec, tokens: int) -> int:
     return 8 * (tables + 2 * max(layers.values()) + passing)
 
 
-def stored_model(spec: ModelSpec, tensors: StoredTensors, dtype: torch.dtype, resident: bool) -> Transformer:
+def stored_model(spec: ModelSpec, tensors: StoredTensors, dtype: torch.dtype, resident: bool) -> LanguageModel:
     """A model for forward passes on this rank, its weights read from a checkpoint.
 
     Args:

@@ -7,7 +7,6 @@ from math import isfinite
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -15,9 +14,10 @@ from elle_mp.axes import ParamSpec
 from elle_mp.config import OptimConfig
 from elle_mp.growth.apply import Moments
 from elle_mp.growth.factors import After, Factors
-from elle_mp.models.transformer import Transformer
+from elle_mp.models.declarations import declarations
+from elle_mp.models.pipeline import LanguageModel
 from elle_mp.parallel.mesh import Grid
-from elle_mp.parallel.sharding import local_tensor, my_bounds, named_specs
+from elle_mp.parallel.sharding import copies_of, local_tensor, my_bounds, named_specs
 from elle_mp.train.entries import Age, Settings, ShardFactors, shard_factors, step_by_entry
 
 NO_GROWTH = After()
@@ -37,10 +37,11 @@ class ShardedAdamW:
         moments: this rank's part of Adam's state of every parameter, by name.
     """
 
-    def __init__(self, model: Transformer, optim: OptimConfig, factors: Mapping[str, Factors] | None = None) -> None:
+    def __init__(self, model: LanguageModel, optim: OptimConfig, factors: Mapping[str, Factors] | None = None) -> None:
         self.grid: Grid = model.grid
         self.parameters = dict(model.named_parameters())
         self.specs: Mapping[str, ParamSpec] = dict(named_specs(model))
+        self.copies: Mapping[str, str] = copies_of(model)
         self.shards = {name: local_tensor(item).detach() for name, item in self.parameters.items()}
         self.lr = optim.lr
         self.clip = optim.clip
@@ -62,13 +63,14 @@ class ShardedAdamW:
     def _decays(self, name: str, optim: OptimConfig) -> bool:
         return optim.decay == "all" or self.specs[name].decay
 
-    def _cut(self, model: Transformer, factors: Mapping[str, Factors]) -> dict[str, ShardFactors]:
-        if unknown := sorted(factors.keys() - self.shards.keys()):
+    def _cut(self, model: LanguageModel, factors: Mapping[str, Factors]) -> dict[str, ShardFactors]:
+        if unknown := sorted(factors.keys() - declarations(model.spec).keys()):
             raise ValueError(f"factors of parameters that the model does not have: {', '.join(unknown)}")
         cut = {}
         for name, spec in self.specs.items():
             shape = spec.shape(model.sizes)
-            cut[name] = shard_factors(factors.get(name), shape, my_bounds(spec, shape, self.grid), self.shards[name])
+            left = factors.get(self.copies.get(name, name))
+            cut[name] = shard_factors(left, shape, my_bounds(spec, shape, self.grid), self.shards[name])
         return cut
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -125,22 +127,20 @@ class ShardedAdamW:
         self.inner.step()
 
     def gradient_norm(self, gradients: Mapping[str, Tensor]) -> float:
-        """The norm over all parameters of all ranks; replicas over ``tp`` are counted once.
+        """The norm over all parameters of all ranks; replicas over ``tp`` and both copies of a tied table count once.
 
         One collective of one number (``clip_grad_norm_`` on DTensors issues one per parameter).
         """
         counted = [
             gradient
             for name, gradient in gradients.items()
-            if self.grid.tp_rank == 0 or self.specs[name].tensor_parallel_dim is not None
+            if name not in self.copies and (self.grid.tp_rank == 0 or self.specs[name].tensor_parallel_dim is not None)
         ]
         squares = torch.zeros((), dtype=torch.float64, device=self.grid.device)
         if counted:
             norms = torch._foreach_norm(counted)
             squares = torch.stack([item.double() for item in norms]).square().sum()
-        for axis in ("dp_shard", "tp"):
-            if self.grid.size(axis) > 1:
-                dist.all_reduce(squares, group=self.grid.group(axis))
+        self.grid.sum(squares, "shard", "tp", "pp")
         return float(squares.sqrt())
 
     def reset(self) -> None:
@@ -150,9 +150,11 @@ class ShardedAdamW:
                 item.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as named tensors of global shape, for a checkpoint."""
+        """The state as named tensors of global shape, for a checkpoint; a tied table's only where its original is."""
         out: dict[str, Tensor] = {}
         for name, state in self.moments.items():
+            if name in self.copies:
+                continue
             out[f"{name}.step"] = state.step
             out[f"{name}.exp_avg"] = _like(self.parameters[name], state.first)
             out[f"{name}.exp_avg_sq"] = _like(self.parameters[name], state.second)

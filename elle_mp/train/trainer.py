@@ -7,15 +7,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from elle_mp.data.batches import Batch
 from elle_mp.errors import UserError
 from elle_mp.growth.factors import After
-from elle_mp.models.transformer import IGNORED, Transformer
+from elle_mp.models.pipeline import LanguageModel, Pipeline, add_tied_gradients
+from elle_mp.models.transformer import IGNORED
 from elle_mp.ops.dropout import DropoutKey
 from elle_mp.parallel.data_parallel import synchronise_gradients
 from elle_mp.parallel.mesh import Grid
 from elle_mp.train.optimizer import NO_GROWTH, ShardedAdamW
+from elle_mp.train.pipeline import PipelineSchedule
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,12 @@ def rows_of(grid: Grid, global_batch: int) -> tuple[int, int]:
 class Trainer:
     """Trains a model on the rows of this rank."""
 
-    def __init__(self, model: Transformer, optimizer: ShardedAdamW, micro: int, dropout_seed: int) -> None:
+    def __init__(self, model: LanguageModel, optimizer: ShardedAdamW, micro: int, dropout_seed: int) -> None:
         self.model = model
         self.optimizer = optimizer
         self.micro = micro
         self.dropout_seed = dropout_seed
+        self.schedule: PipelineSchedule | None = None
 
     def step(
         self, batch: Batch, factor: float, stop: Callable[[], bool] = lambda: False, after: After = NO_GROWTH
@@ -66,13 +70,24 @@ class Trainer:
         grid, device = self.model.grid, self.model.grid.device
         batch = batch.to(device)
         counts = torch.zeros(2, dtype=torch.float64, device=device)
-        counts[0] = int((batch.targets != IGNORED).sum()) if grid.tp_rank == 0 else 0
+        alone = grid.tp_rank == grid.rank("pp") == grid.rank("cp") == 0  # of the ranks that have this batch
+        counts[0] = int((batch.targets != IGNORED).sum()) if alone else 0
         counts[1] = float(stop())
-        dist.all_reduce(counts)
+        dist.all_reduce(counts, group=grid.everyone)
         targets, stopping = int(counts[0]), counts[1] > 0
-        # FSDP2 averages gradients over the data-parallel ranks; this makes it a sum over all targets.
-        scale = grid.dp_size / max(targets, 1)
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        # FSDP2 averages gradients over the ranks that share or repeat parameters; this makes it a sum over all targets.
+        scale = grid.dp_size * grid.size("cp") / max(targets, 1)
+        total = self._gradients(batch, scale)
+        grid.sum(total, "dp_replicate", "shard", "pp")
+        mean = float(total) / max(targets, 1)
+        norm = self.optimizer.step(factor, after)
+        return StepResult(mean, norm, targets, bool(stopping))
+
+    def _gradients(self, batch: Batch, scale: float) -> Tensor:
+        """Forward and backward of all micro-batches; the sum of this rank's losses (fp64 scalar), unscaled."""
+        if isinstance(self.model, Pipeline):
+            return self._through_pipeline(self.model, batch, scale)
+        total = torch.zeros((), dtype=torch.float64, device=self.model.grid.device)
         pieces = [batch.rows(first, first + self.micro) for first in range(0, len(batch), self.micro)]
         for index, piece in enumerate(pieces):
             synchronise_gradients(self.model, index == len(pieces) - 1)
@@ -80,12 +95,16 @@ class Trainer:
             loss = self.model(piece.tokens, piece.domain, piece.targets, key)
             (loss * scale).backward()
             total += loss.detach()
-        if grid.dp_size > 1:
-            for axis in ("dp_replicate", "dp_shard"):
-                dist.all_reduce(total, group=grid.group(axis))
-        mean = float(total) / max(targets, 1)
-        norm = self.optimizer.step(factor, after)
-        return StepResult(mean, norm, targets, bool(stopping))
+        return total
+
+    def _through_pipeline(self, model: Pipeline, batch: Batch, scale: float) -> Tensor:
+        rows = min(self.micro, len(batch))
+        shape = (rows, batch.tokens.shape[1], len(batch) // rows)
+        if self.schedule is None or self.schedule.shape != shape:
+            self.schedule = PipelineSchedule(model, *shape)
+        total = self.schedule.step(batch, scale, self.dropout_seed)
+        add_tied_gradients(model)
+        return total
 
 
 def check_finite(result: StepResult, where: str) -> None:

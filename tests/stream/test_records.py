@@ -117,8 +117,8 @@ def test_flops_are_those_that_torch_counts(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_those_there_are(family: str) -> None:
     model = model_of(spec_of(family), grid())
-    assert parameter_count(model) == sum(parameter.numel() for parameter in model.parameters())
-    assert parameter_count(model) == sum(prod(spec.shape(model.sizes)) for _, spec in named_specs(model))
+    assert parameter_count(model.spec) == sum(parameter.numel() for parameter in model.parameters())
+    assert parameter_count(model.spec) == sum(prod(spec.shape(model.sizes)) for _, spec in named_specs(model))
 
 
 @pytest.fixture(scope="module")
