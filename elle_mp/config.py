@@ -244,6 +244,8 @@ class ParallelConfig(Section):
     """Keep DeepSpeed's optimizer state in the host's memory and update it there."""
     reshard_after_forward: bool = True
     """Free gathered parameters between forward and backward (saves memory, gathers twice)."""
+    world_size: Positive | None = None
+    """Ranks that ``pretrain --dry-run`` counts with; a run counts those that it has."""
 
     @property
     def stages_per_rank(self) -> int:

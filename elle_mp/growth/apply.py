@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from elle_mp.axes import Axis
+from elle_mp.axes import Axis, ParamSpec
 from elle_mp.growth.blocks import Block, grow_moment, grow_weight
 from elle_mp.growth.layout import Alignment, Layout, OldParameters
 from elle_mp.growth.plan import GrowthPlan
 from elle_mp.growth.tensors import TensorGrowth, parameter_growths
-from elle_mp.models.transformer import Transformer
+from elle_mp.models.declarations import declarations
+from elle_mp.models.pipeline import LanguageModel, stage_of, stage_parts
 from elle_mp.ops.random import Bounds
 from elle_mp.parallel.sharding import local_tensor, my_bounds, named_specs
 
@@ -44,60 +46,119 @@ class Traffic:
 @torch.no_grad()
 def grow_on_shards(
     plan: GrowthPlan,
-    old: Transformer,
-    new: Transformer,
+    old: LanguageModel,
+    new: LanguageModel,
     old_moments: Mapping[str, Moments],
     new_moments: Mapping[str, Moments],
 ) -> Traffic:
     """Fills ``new`` and its moments from ``old``, parameter by parameter.
 
     Every rank maps its own shards. Where a cut does not align with a map, the old parameter concerned is gathered,
-    one tensor at a time.
+    one tensor at a time. What changes its pipeline stage goes from rank to rank, one tensor at a time, too.
     """
-    source = _Shards(old)
+    source = _Shards(old, old_moments)
     alignment = Alignment(source.parameters, Layout(old.grid.tp_size, old.grid.size("shard")))
+    owners, me = _owners(new), new.grid.rank("pp")
     traffic = Traffic()
-    for name, growth in parameter_growths(plan, dict(named_specs(new))).items():
+    for name, growth in parameter_growths(plan, whole_specs(new)).items():
         recut = alignment.recut(growth)
         if recut:
             traffic.recut.append(name)
         bounds = my_bounds(growth.spec, growth.shape, new.grid)
-        blocks = dict(source.blocks(growth, bounds, recut, traffic))
-        grow_weight(growth, blocks, bounds, local_tensor(new.get_parameter(name)))
+        blocks = {key: source.weight(key, growth, bounds, recut, owners[name], traffic) for key in growth.reads}
+        if owners[name] == me:
+            mine = {key: block for key, block in blocks.items() if block is not None}
+            grow_weight(growth, mine, bounds, local_tensor(new.get_parameter(name)))
         blocks.clear()
-        state = new_moments[name]
+        state = new_moments[name] if owners[name] == me else None
         if growth.source is None or growth.moments == "reset":
-            for tensor in (state.step, state.first, state.second):
-                tensor.zero_()
+            if state is not None:
+                for tensor in (state.step, state.first, state.second):
+                    tensor.zero_()
             continue
-        moments = old_moments[growth.source]
-        for degree, values, target in ((1, moments.first, state.first), (2, moments.second, state.second)):
-            block = source.block(growth.source, values, growth.source in recut, traffic)
-            grow_moment(growth, block, bounds, target, degree)
-        state.step.copy_(moments.step)
+        for degree in (1, 2):
+            block = source.moment(growth.source, degree, growth, bounds, recut, owners[name], traffic)
+            if state is not None and block is not None:
+                grow_moment(growth, block, bounds, state.first if degree == 1 else state.second, degree)
+        step = source.step(growth.source, owners[name], traffic)
+        if state is not None and step is not None:
+            state.step.copy_(step)
     _grow_norm_stats(plan, old, new)
     return traffic
 
 
+def whole_specs(model: LanguageModel) -> dict[str, ParamSpec]:
+    """The declaration of every parameter of the whole model, by name, whatever part of it is here."""
+    return declarations(model.spec) if model.grid.pipeline_stages > 1 else dict(named_specs(model))
+
+
+def _owners(model: LanguageModel) -> dict[str, int]:
+    """The pipeline coordinate of the ranks that hold each parameter (of a tied table: the original)."""
+    parts = stage_parts(model.spec, model.grid)
+    return {name: model.grid.rank_of_stage(stage_of(name, parts)) for name in whole_specs(model)}
+
+
 class _Shards:
-    """The old model's shards, gathered where they must be."""
+    """The old model's shards, gathered where they must be, sent where another pipeline rank needs them."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: LanguageModel, moments: Mapping[str, Moments]) -> None:
         self.grid = model.grid
+        self.moments = moments
         self.tensors: dict[str, Tensor] = dict(model.named_parameters())
-        specs = dict(named_specs(model))
+        self.owners = _owners(model)
+        specs = whole_specs(model)
         self.parameters = OldParameters(specs, {name: spec.shape(model.sizes) for name, spec in specs.items()})
+        first = next(iter(self.tensors.values()))
+        self.dtype, self.device = first.dtype, first.device
 
-    def blocks(
-        self, growth: TensorGrowth, bounds: Bounds, recut: tuple[str, ...], traffic: Traffic
-    ) -> Iterator[tuple[str, Block]]:
-        """The old weights behind a block of the new one, whole shards or whole tensors, cut to what is needed."""
-        needs = growth.needs(bounds)
-        for name in growth.reads:
-            block = self.block(name, local_tensor(self.tensors[name]), name in recut, traffic)
-            yield name, _narrowed(block, needs[name])
+    def weight(
+        self, name: str, growth: TensorGrowth, bounds: Bounds, recut: tuple[str, ...], to: int, traffic: Traffic
+    ) -> Block | None:
+        """What a block of a new parameter needs of an old one, on the pipeline rank ``to``; elsewhere ``None``."""
+        local = local_tensor(self.tensors[name]) if name in self.tensors else None
+        return self._block(name, local, growth.needs(bounds)[name], name in recut, to, traffic)
 
-    def block(self, name: str, local: Tensor, gather: bool, traffic: Traffic) -> Block:
+    def moment(
+        self,
+        name: str,
+        degree: int,
+        growth: TensorGrowth,
+        bounds: Bounds,
+        recut: tuple[str, ...],
+        to: int,
+        traffic: Traffic,
+    ) -> Block | None:
+        """The same of Adam's first or second moment."""
+        state = self.moments.get(name)
+        local = None if state is None else state.first if degree == 1 else state.second
+        return self._block(name, local, growth.needs(bounds)[name], name in recut, to, traffic)
+
+    def step(self, name: str, to: int, traffic: Traffic) -> Tensor | None:
+        """The number of updates of an old parameter."""
+        state = self.moments.get(name)
+        like = torch.empty((), dtype=torch.float32, device=self.device)
+        return self._passed(None if state is None else state.step, like, self.owners[name], to, traffic)
+
+    def _block(
+        self, name: str, local: Tensor | None, needed: Bounds, gather: bool, to: int, traffic: Traffic
+    ) -> Block | None:
+        owner, me = self.owners[name], self.grid.rank("pp")
+        if me not in (owner, to):
+            return None
+        if owner != to and any(start == stop for start, stop in needed):  # all of it is new there: nothing to send
+            shape = [stop - start for start, stop in needed]
+            return Block(torch.empty(shape, dtype=self.dtype, device=self.device), needed) if to == me else None
+        if owner == me and local is not None:
+            block = _narrowed(self._own(name, local, gather, traffic), needed)
+            if to == me:
+                return block
+            self._passed(block.values, block.values, owner, to, traffic)
+            return None
+        shape = [stop - start for start, stop in needed]
+        received = self._passed(None, torch.empty(shape, dtype=self.dtype, device=self.device), owner, to, traffic)
+        return None if received is None else Block(received, needed)
+
+    def _own(self, name: str, local: Tensor, gather: bool, traffic: Traffic) -> Block:
         """This rank's shard of a tensor laid out as the parameter ``name``, or all of it."""
         shape = self.parameters.shapes[name]
         like = self.tensors[name]
@@ -109,6 +170,19 @@ class _Shards:
         traffic.received += (like.numel() - local.numel()) * like.element_size()
         return Block(shard.full_tensor(), tuple((0, size) for size in shape))
 
+    def _passed(self, mine: Tensor | None, like: Tensor, owner: int, to: int, traffic: Traffic) -> Tensor | None:
+        """A tensor of one pipeline rank on another, received into ``like``."""
+        me = self.grid.rank("pp")
+        if owner == to:
+            return mine if me == to else None
+        if me == owner and mine is not None:
+            dist.send(mine.contiguous(), group=self.grid.group("pp"), group_dst=to)
+        if me != to:
+            return None
+        dist.recv(like, group=self.grid.group("pp"), group_src=owner)
+        traffic.received += like.nbytes
+        return like
+
 
 def _narrowed(block: Block, needed: Bounds) -> Block:
     if any(start == stop for start, stop in needed):
@@ -119,14 +193,14 @@ def _narrowed(block: Block, needed: Bounds) -> Block:
     return Block(values, needed)
 
 
-def _grow_norm_stats(plan: GrowthPlan, old: Transformer, new: Transformer) -> None:
+def _grow_norm_stats(plan: GrowthPlan, old: LanguageModel, new: LanguageModel) -> None:
     """Statistics' weights: a unit's weight is shared by its copies (growth.md, 1.1)."""
-    if new.norm_stats is None:
-        return
     weights = old.norm_stats
     if weights is None:
         weights = torch.full((plan.old.embed,), 1.0 / plan.old.embed, dtype=torch.float64)
-    new.norm_stats.copy_(grown_norm_stats(plan, weights.cpu()))
+    for part in new.parts:
+        if part.norm_stats is not None:
+            part.norm_stats.copy_(grown_norm_stats(plan, weights.cpu()))
 
 
 def grown_norm_stats(plan: GrowthPlan, weights: Tensor) -> Tensor:

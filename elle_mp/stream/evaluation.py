@@ -27,11 +27,10 @@ def perplexity(model: LanguageModel, batches: Iterable[Batch]) -> float:
     for batch in batches:
         mine = _rows_of_rank(batch, grid.dp_rank, grid.dp_size).to(grid.device)
         sums[0] += model(mine.tokens, mine.domain, mine.targets).double()
-        sums[1] += int((mine.targets != IGNORED).sum())
+        if grid.rank("pp") == grid.rank("cp") == 0:  # once for all ranks that have these rows
+            sums[1] += int((mine.targets != IGNORED).sum())
     release(model)
-    if grid.dp_size > 1:
-        for axis in ("dp_replicate", "dp_shard"):
-            dist.all_reduce(sums, group=grid.group(axis))
+    grid.sum(sums, "dp_replicate", "shard", "pp")
     return exp(float(sums[0] / sums[1])) if sums[1] else float("nan")
 
 
@@ -47,7 +46,8 @@ def _rows_of_rank(batch: Batch, rank: int, size: int) -> Batch:
 
 @torch.no_grad()
 def fixed_logits(model: LanguageModel, batch: Batch) -> Tensor:
-    """This rank's part of the logits of a fixed batch, ``[B, T, V_local]``, padding and reserved ids left out."""
+    """This rank's part of the logits of a fixed batch, ``[B, T, V_local]``, padding and reserved ids left out; of no
+    ids where they do not come out (all but the last stage of a pipeline)."""
     batch = batch.to(model.grid.device)
     logits: Tensor = model(batch.tokens, batch.domain)
     release(model)
@@ -68,8 +68,9 @@ def largest_difference(before: Tensor, after: Tensor, model: LanguageModel) -> t
         if one.numel():
             change = torch.stack([(one.double() - other.double()).abs().max(), one.double().abs().max()])
             values = torch.maximum(values, change)
-    if model.grid.tp_size > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=model.grid.group("tp"))
+    for axis in ("tp", "pp", "cp"):
+        if model.grid.size(axis) > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=model.grid.group(axis))
     return float(values[0]), float(values[0] / values[1].clamp_min(1e-300))
 
 

@@ -18,7 +18,7 @@ from elle_mp.growth.rates import factors_of
 from elle_mp.models.build import Precision, checking_copy, empty_model
 from elle_mp.models.declarations import declarations
 from elle_mp.models.flops import parameter_count
-from elle_mp.models.pipeline import LanguageModel
+from elle_mp.models.pipeline import LanguageModel, copy_tied
 from elle_mp.stream.evaluation import fixed_logits, largest_difference
 from elle_mp.stream.growth_record import plan_record
 from elle_mp.train.optimizer import ShardedAdamW
@@ -65,6 +65,11 @@ def optimizer_of(model: LanguageModel, optim: OptimConfig, lineage: Sequence[Gro
     return ShardedAdamW(model, optim, factors_of(lineage, declarations) if lineage else None)
 
 
+def tie(model: LanguageModel, optimizer: ShardedAdamW) -> None:
+    """Has the last pipeline stage's copy of a tied table, and its moments, taken over from the first stage."""
+    copy_tied(model, {name: (item.step, item.first, item.second) for name, item in optimizer.moments.items()})
+
+
 def grow(
     plan: GrowthPlan,
     lineage: Sequence[GrowthPlan],
@@ -83,6 +88,7 @@ def grow(
     larger = empty_model(plan.new, model.grid, precision, reshard)
     larger_optimizer = optimizer_of(larger, optim, lineage)
     traffic = grow_on_shards(plan, model, larger, optimizer.moments, larger_optimizer.moments)
+    tie(larger, larger_optimizer)
     return Grown(larger, larger_optimizer, traffic, time.perf_counter() - began)
 
 

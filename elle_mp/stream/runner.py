@@ -22,10 +22,10 @@ from elle_mp.models.spec import ModelSpec
 from elle_mp.observe.journal import Journal, Place
 from elle_mp.parallel.agreement import on_first_rank
 from elle_mp.parallel.mesh import Grid, make_grid
-from elle_mp.parallel.sharding import initialise
+from elle_mp.parallel.sharding import copies_of, initialise
 from elle_mp.stream.domains import RECOVER, TRAIN, Domains
 from elle_mp.stream.evaluation import perplexity
-from elle_mp.stream.growing import grow, measure, optimizer_of, prove
+from elle_mp.stream.growing import grow, measure, optimizer_of, prove, tie
 from elle_mp.stream.lifelong import average_increased_perplexity, average_perplexity
 from elle_mp.stream.run_directory import restore_results
 from elle_mp.stream.state import BEGIN, DONE, RunState
@@ -116,10 +116,14 @@ class StreamRunner:
         self._layout(stage)
         self._make(ModelSpec.from_json(self.store.meta(name)["model"]))
         self.store.load(name, self._tensors())
+        tie(self.model, self.optimizer)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         # The optimizer's are always the sharded masters; the model's may be gathered copies in the compute dtype.
-        tensors = {f"model.{name}": item.detach() for name, item in self.optimizer.parameters.items()}
+        # A tied table is stored once, from the first pipeline stage.
+        copies = copies_of(self.model)
+        parameters = self.optimizer.parameters.items()
+        tensors = {f"model.{name}": item.detach() for name, item in parameters if name not in copies}
         if self.model.norm_stats is not None:
             tensors["model.norm_stats"] = self.model.norm_stats
         return tensors | {f"optim.{name}": item for name, item in self.optimizer.tensors().items()}
