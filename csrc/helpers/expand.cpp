@@ -65,33 +65,18 @@ struct View {
     const uint8_t* offset = nullptr;
 };
 
+// An index that stands for the mean over the axis.
+constexpr int64_t kMean = -1;
 // Copies of one unit up to which a column is compared with each of its partners.
 constexpr int64_t kFewCopies = 8;
 constexpr int64_t kMostCopies = 1 << 20;
 // Entries below which a second thread costs more than it saves.
 constexpr int64_t kSerialEntries = 1 << 14;
-
-template <typename T>
-struct Job {
-    const T* source;
-    T* out;
-    int64_t source_stride, out_stride;
-    const int64_t* rows;
-    const double* row_scale;  // null for ones
-    const double* col_scale;  // null for ones
-    int64_t width;
-    Gather columns;
-    bool scaled, contiguous, noise;
-    // Noise: bytes are summed from column 4 * counter on; column 0 of the block is `shift` later.
-    uint64_t key;
-    int64_t first_row;
-    uint32_t counter;
-    int64_t shift, sums;
-    std::vector<T> factor;
-    std::vector<Gather> partners;  // few copies: the next copy, the one after that, ...
-    std::vector<int64_t> unit;     // many copies: the unit of each column,
-    std::vector<int32_t> copies;   // and the number of its copies
-};
+// Bytes from which on a matrix is written past the caches: it would not stay there, and its old contents need
+// not be read.
+constexpr int64_t kStreamBytes = 1 << 20;
+// Bytes that the sums of a mean over rows may take, so that they stay in a cache.
+constexpr int64_t kMeanBytes = 1 << 18;
 
 // What a row or a column says of random values.
 constexpr uint8_t kRandom = 1;
@@ -99,17 +84,51 @@ constexpr uint8_t kForbidden = 2;
 constexpr int32_t kMeanOfSums = 510;
 
 template <typename T>
-struct RandomJob {
+using LaneMask = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+// Sums of random bytes, from column 4 * counter on; column 0 of the block is `shift` later.
+struct Draw {
+    Draw() = default;
+    Draw(uint64_t key, int64_t first_row, int64_t first_col, int64_t width)
+        : key(key),
+          first_row(first_row),
+          counter(static_cast<uint32_t>(first_col / 4)),
+          shift(first_col % 4),
+          sums((shift + width + 31) / 32 * 32) {}
+    uint64_t key = 0;
+    int64_t first_row = 0;
+    uint32_t counter = 0;
+    int64_t shift = 0, sums = 0;
+};
+
+template <typename T>
+struct Job {
+    const T* source;
     T* out;
-    int64_t stride;
-    const uint8_t* rows;
-    std::vector<int64_t> asked;    // columns that ask for random values
-    std::vector<int64_t> allowed;  // and those that do not forbid them
-    double factor;
-    uint64_t key;
-    int64_t first_row;
-    uint32_t counter;
-    int64_t shift, sums;
+    int64_t source_stride, out_stride;
+    int64_t source_height, source_width;
+    const int64_t* rows;
+    const double* row_scale;  // null for ones
+    const double* col_scale;  // null for ones
+    int64_t width;
+    Gather columns;
+    std::vector<T> mean_row;  // where some row is the mean
+    bool mean_column;         // some column is; the mean stands behind a row's last element
+    bool scaled, contiguous, stream;
+    // Noise.
+    bool noise, alone;  // alone: without the value that it is relative to
+    Draw noise_draw;
+    std::vector<T> factor;
+    std::vector<Gather> partners;  // few copies: the next copy, the one after that, ...
+    std::vector<int64_t> unit;     // many copies: the unit of each column,
+    std::vector<int32_t> copies;   // and the number of its copies
+    // Random values.
+    const uint8_t* fresh_rows;         // null for none
+    std::vector<LaneMask<T>> asked;    // all ones in columns that ask for random values
+    std::vector<LaneMask<T>> allowed;  // and in those that do not forbid them
+    bool any_asked;
+    double fresh_factor;
+    Draw fresh_draw;
 };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -131,19 +150,19 @@ namespace base {
 }  // namespace base
 
 template <typename T>
-void RandomRows(const RandomJob<T>& job, int64_t begin, int64_t end) {
-#if defined(ELLE_EXPAND_LEVELS)
-    if (__builtin_cpu_supports("x86-64-v4")) return v4::FillRandomRows(job, begin, end);
-#endif
-    base::FillRandomRows(job, begin, end);
-}
-
-template <typename T>
 void Rows(const Job<T>& job, int64_t begin, int64_t end) {
 #if defined(ELLE_EXPAND_LEVELS)
     if (__builtin_cpu_supports("x86-64-v4")) return v4::ExpandRows(job, begin, end);
 #endif
     base::ExpandRows(job, begin, end);
+}
+
+template <typename T>
+void Means(Job<T>& job, int64_t begin, int64_t end) {
+#if defined(ELLE_EXPAND_LEVELS)
+    if (__builtin_cpu_supports("x86-64-v4")) return v4::MeanOfRows(job, begin, end);
+#endif
+    base::MeanOfRows(job, begin, end);
 }
 
 // `size` elements may be read; `wide` of them make a vector.
@@ -168,20 +187,22 @@ void MakeGather(Gather& map, const int64_t* index, int64_t count, int wide, int6
     }
 }
 
-void CheckIndices(const int64_t* index, int64_t count, int64_t size) {
-    bool bad = false;
-    for (int64_t i = 0; i < count; ++i) bad |= static_cast<uint64_t>(index[i]) >= static_cast<uint64_t>(size);
+// Whether some index stands for the mean.
+bool CheckIndices(const int64_t* index, int64_t count, int64_t size) {
+    bool bad = size == 0, mean = false;
+    for (int64_t i = 0; i < count; ++i) {
+        bad |= index[i] < kMean || index[i] >= size;
+        mean |= index[i] == kMean;
+    }
     if (bad) throw std::invalid_argument("expand wants indices from 0 to " + std::to_string(size - 1));
+    return mean;
 }
 
 template <typename T>
-void PlanNoise(Job<T>& job, const int64_t* groups, double strength, int64_t first_col, double std) {
+void PlanNoise(Job<T>& job, const int64_t* groups, double strength, double std) {
     const int64_t width = job.width;
     const int64_t padded = static_cast<int64_t>(job.columns.index.size());
     job.noise = true;
-    job.counter = static_cast<uint32_t>(first_col / 4);
-    job.shift = first_col % 4;
-    job.sums = std::max<int64_t>(32, (job.shift + padded + 31) / 32 * 32);
     std::vector<int64_t> order(width), starts;
     std::iota(order.begin(), order.end(), 0);
     if (!std::is_sorted(groups, groups + width))
@@ -210,13 +231,14 @@ void PlanNoise(Job<T>& job, const int64_t* groups, double strength, int64_t firs
             // A unit with fewer copies than the most is its own partner for the rest, which adds nothing.
             for (std::size_t k = 0; k < partners.size(); ++k) {
                 const int64_t step = static_cast<int64_t>(k) + 1;
-                partners[k][j] = job.shift + (step < count ? order[begin + (t + step) % count] : j);
+                partners[k][j] =
+                    job.noise_draw.shift + (step < count ? order[begin + (t + step) % count] : j);
             }
         }
     }
     job.partners.resize(partners.size());
     for (std::size_t k = 0; k < partners.size(); ++k)
-        MakeGather(job.partners[k], partners[k].data(), width, kLanesOf<T>, job.sums);
+        MakeGather(job.partners[k], partners[k].data(), width, kLanesOf<T>, job.noise_draw.sums);
 }
 
 template <typename T>
@@ -240,10 +262,45 @@ const double* ScaleOrOnes(const py::object& scale, int64_t size) {
     return std::all_of(data, data + size, [](double x) { return x == 1.0; }) ? nullptr : data;
 }
 
+using Codes = py::array_t<uint8_t, py::array::c_style>;
+
+template <typename T>
+void PlanFresh(Job<T>& job, const uint8_t* rows, const uint8_t* cols, double factor) {
+    job.fresh_rows = rows;
+    job.fresh_factor = factor;
+    job.asked.assign(job.columns.index.size(), 0);
+    job.allowed = job.asked;
+    for (int64_t j = 0; j < job.width; ++j) {
+        job.asked[j] = cols[j] == kRandom ? -1 : 0;
+        job.allowed[j] = cols[j] == kForbidden ? 0 : -1;
+        job.any_asked |= cols[j] == kRandom;
+    }
+}
+
+// Where the zero-sum noise and the random values come from, as Python hands them over.
+struct Drawn {
+    py::object groups;
+    uint64_t noise_key;
+    double strength;
+    bool alone;
+    py::object fresh_rows, fresh_cols;
+    uint64_t fresh_key;
+    double factor;
+    int64_t first_row, first_col;
+};
+
+template <typename Array>
+const typename Array::value_type* Column(const py::object& values, int64_t size, const char* message) {
+    if (values.is_none()) return nullptr;
+    if (!Array::check_(values)) throw std::invalid_argument(message);
+    const auto array = py::reinterpret_borrow<Array>(values);
+    if (array.size() != size) throw std::invalid_argument(message);
+    return array.data();
+}
+
 template <typename T>
 void Expand(const py::array_t<T>& source, const Indices& rows, const Indices& cols,
-            const py::object& row_scale, const py::object& col_scale, py::array_t<T>& out,
-            const py::object& groups, uint64_t key, double strength, int64_t first_row, int64_t first_col,
+            const py::object& row_scale, const py::object& col_scale, py::array_t<T>& out, const Drawn& drawn,
             double std, int threads) {
     Job<T> job{};
     const int64_t height = rows.size();
@@ -253,76 +310,65 @@ void Expand(const py::array_t<T>& source, const Indices& rows, const Indices& co
     if (height == 0 || job.width == 0) return;
     job.source_stride = RowStride(source, "source");
     job.out_stride = RowStride(out, "out");
-    CheckIndices(rows.data(), height, source.shape(0));
-    CheckIndices(cols.data(), job.width, source.shape(1));
+    job.source_height = source.shape(0);
+    job.source_width = source.shape(1);
+    const bool mean_row = CheckIndices(rows.data(), height, job.source_height);
+    job.mean_column = CheckIndices(cols.data(), job.width, job.source_width);
     job.source = source.data();
     job.out = out.mutable_data();
     job.rows = rows.data();
     job.row_scale = ScaleOrOnes(row_scale, height);
     job.col_scale = ScaleOrOnes(col_scale, job.width);
     job.scaled = job.row_scale != nullptr || job.col_scale != nullptr;
-    const int64_t* group = nullptr;
-    if (!groups.is_none()) {
-        if (!Indices::check_(groups) || py::reinterpret_borrow<Indices>(groups).size() != job.width)
-            throw std::invalid_argument("expand wants a group for each column");
-        group = py::reinterpret_borrow<Indices>(groups).data();
-    }
+    const int64_t* groups = Column<Indices>(drawn.groups, job.width, "expand wants a group for each column");
+    const uint8_t* fresh_rows = Column<Codes>(drawn.fresh_rows, height, "expand wants a code for each row");
+    const uint8_t* fresh_cols =
+        Column<Codes>(drawn.fresh_cols, job.width, "expand wants a code for each column");
     const py::gil_scoped_release release;
     const int64_t entries = height * job.width;
-    MakeGather(job.columns, cols.data(), job.width, kLanesOf<T>, source.shape(1));
+    const int used = entries < kSerialEntries ? 1 : threads;
+    std::vector<int64_t> columns(cols.data(), cols.data() + job.width);
+    for (int64_t& index : columns) index = index == kMean ? job.source_width : index;
+    MakeGather(job.columns, columns.data(), job.width, kLanesOf<T>, job.source_width + job.mean_column);
     job.contiguous = true;
-    for (int64_t j = 1; j < job.width; ++j) job.contiguous &= cols.data()[j] == cols.data()[j - 1] + 1;
-    job.key = key;
-    job.first_row = first_row;
-    if (group != nullptr) PlanNoise(job, group, strength, first_col, std);
-    ParallelFor(height, entries < kSerialEntries ? 1 : threads,
-                [&job](int64_t begin, int64_t end) { Rows(job, begin, end); });
-}
-
-using Codes = py::array_t<uint8_t, py::array::c_style>;
-
-template <typename T>
-void FillRandom(py::array_t<T>& out, const Codes& rows, const Codes& cols, double factor, uint64_t key,
-                int64_t first_row, int64_t first_col, int threads) {
-    RandomJob<T> job{};
-    const int64_t height = rows.size(), width = cols.size();
-    if (out.ndim() != 2 || out.shape(0) != height || out.shape(1) != width)
-        throw std::invalid_argument("fill_random wants a code for each row and column of out");
-    if (height == 0 || width == 0) return;
-    job.stride = RowStride(out, "out");
-    job.out = out.mutable_data();
-    job.rows = rows.data();
-    job.factor = factor;
-    job.key = key;
-    job.first_row = first_row;
-    job.counter = static_cast<uint32_t>(first_col / 4);
-    job.shift = first_col % 4;
-    job.sums = (job.shift + width + 31) / 32 * 32;
-    for (int64_t j = 0; j < width; ++j) {
-        if (cols.data()[j] == kRandom) job.asked.push_back(j);
-        if (cols.data()[j] != kForbidden) job.allowed.push_back(j);
+    for (int64_t j = 1; j < job.width; ++j) job.contiguous &= columns[j] == columns[j - 1] + 1;
+    job.stream = entries * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+    const int64_t padded = static_cast<int64_t>(job.columns.index.size());
+    job.alone = drawn.alone;
+    job.noise_draw = Draw(drawn.noise_key, drawn.first_row, drawn.first_col, padded);
+    job.fresh_draw = Draw(drawn.fresh_key, drawn.first_row, drawn.first_col, padded);
+    if (groups != nullptr) PlanNoise(job, groups, drawn.strength, std);
+    if (fresh_rows != nullptr && fresh_cols != nullptr) PlanFresh(job, fresh_rows, fresh_cols, drawn.factor);
+    if (mean_row) {
+        job.mean_row.resize(job.source_width);
+        ParallelFor(job.source_width, used, [&job](int64_t begin, int64_t end) { Means(job, begin, end); });
     }
-    const py::gil_scoped_release release;
-    ParallelFor(height, height * width < kSerialEntries ? 1 : threads,
-                [&job](int64_t begin, int64_t end) { RandomRows(job, begin, end); });
+    ParallelFor(height, used, [&job](int64_t begin, int64_t end) { Rows(job, begin, end); });
 }
 
 template <typename T>
 void Register(py::module_& m) {
     using py::arg;
-    m.def("fill_random", &FillRandom<T>, arg("out").noconvert(), arg("rows").noconvert(),
-          arg("cols").noconvert(), arg("factor"), arg("key"), arg("first_row"), arg("first_col"),
-          arg("threads"), "Writes random values where the codes of row and column ask for them.");
     m.def(
         "expand", &Expand<T>, arg("source").noconvert(), arg("rows").noconvert(), arg("cols").noconvert(),
-        arg("row_scale"), arg("col_scale"), arg("out").noconvert(), arg("groups"), arg("key"),
-        arg("strength"), arg("first_row"), arg("first_col"), arg("std"), arg("threads"),
-        "Writes source[rows][:, cols], scaled and with zero-sum noise over columns of one group, into out.");
+        arg("row_scale"), arg("col_scale"), arg("out").noconvert(), arg("drawn"), arg("std"), arg("threads"),
+        "Writes source[rows][:, cols], scaled, with zero-sum noise over columns of one group and with random "
+        "values where they are asked for, into out.");
 }
 
 }  // namespace
 
 void register_expand(py::module_& m) {
+    py::class_<Drawn>(m, "Drawn")
+        .def(py::init([](py::object groups, uint64_t noise_key, double strength, bool alone,
+                         py::object fresh_rows, py::object fresh_cols, uint64_t fresh_key, double factor,
+                         int64_t first_row, int64_t first_col) {
+                 return Drawn{std::move(groups),     noise_key, strength, alone,     std::move(fresh_rows),
+                              std::move(fresh_cols), fresh_key, factor,   first_row, first_col};
+             }),
+             py::arg("groups"), py::arg("noise_key"), py::arg("strength"), py::arg("alone"),
+             py::arg("fresh_rows"), py::arg("fresh_cols"), py::arg("fresh_key"), py::arg("factor"),
+             py::arg("first_row"), py::arg("first_col"));
     Register<float>(m);
     Register<double>(m);
 }

@@ -47,33 +47,58 @@ ELLE_INLINE void StoreInTurns(U64 front, U64 back, int32_t* out) {
 #endif
 }
 
-// sums[c] for the `count` (a multiple of 32) columns that start at 4 * counter, in one row: Philox4x32-10.
-inline void FillSums(uint64_t key, int64_t row, uint32_t counter, int64_t count, int32_t* sums) {
-    const U64 lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    const uint64_t row_bits = static_cast<uint64_t>(row);
-    for (int64_t c = 0; c < count; c += 32) {
-        // Words in 64-bit lanes; what the upper halves hold is of no interest.
-        U64 x0 = lane + (static_cast<uint64_t>(c) / 4 + counter);
-        U64 x1 = U64{} + row_bits;
-        U64 x2 = U64{} + (row_bits >> 32);
-        U64 x3 = {};
-        uint32_t key0 = static_cast<uint32_t>(key);
-        uint32_t key1 = static_cast<uint32_t>(key >> 32);
-#pragma GCC unroll 10
+// The round keys of Philox4x32-10, in all lanes.
+struct RoundKeys {
+    explicit RoundKeys(uint64_t key) {
         for (int round = 0; round < 10; ++round) {
-            const U64 p0 = MultiplyWords(x0, 0xd2511f53u);
-            const U64 p1 = MultiplyWords(x2, 0xcd9e8d57u);
-            x0 = (p1 >> 32) ^ x1 ^ static_cast<uint64_t>(key0);
-            x1 = p1;
-            x2 = (p0 >> 32) ^ x3 ^ static_cast<uint64_t>(key1);
-            x3 = p0;
-            key0 += 0x9e3779b9u;
-            key1 += 0xbb67ae85u;
+            first[round] = U64{} + static_cast<uint32_t>(key + round * 0x9e3779b9ull);
+            second[round] = U64{} + static_cast<uint32_t>((key >> 32) + round * 0xbb67ae85ull);
         }
-        // A counter's four words are four neighbouring columns.
-        StoreInTurns(ByteSums((x0 & 0xffffffffu) | (x1 << 32)), ByteSums((x2 & 0xffffffffu) | (x3 << 32)),
-                     sums + c);
     }
+    U64 first[10], second[10];
+};
+
+// sums[c] for the 32 * kAbreast columns that start at 4 * counter, in one row: Philox4x32-10. A round waits
+// for the one before, so several columns' rounds go side by side where there are registers for them.
+template <int kAbreast>
+ELLE_INLINE void FillSome(const RoundKeys& keys, uint64_t row, uint64_t counter, int32_t* sums) {
+    const U64 lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    // Words in 64-bit lanes; what the upper halves hold is of no interest.
+    U64 x0[kAbreast], x1[kAbreast], x2[kAbreast], x3[kAbreast];
+#pragma GCC unroll 4
+    for (int n = 0; n < kAbreast; ++n) {
+        x0[n] = lane + (counter + 8 * n);
+        x1[n] = U64{} + row;
+        x2[n] = U64{} + (row >> 32);
+        x3[n] = U64{};
+    }
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kAbreast; ++n) {
+            const U64 p0 = MultiplyWords(x0[n], 0xd2511f53u);
+            const U64 p1 = MultiplyWords(x2[n], 0xcd9e8d57u);
+            x0[n] = (p1 >> 32) ^ x1[n] ^ keys.first[round];
+            x1[n] = p1;
+            x2[n] = (p0 >> 32) ^ x3[n] ^ keys.second[round];
+            x3[n] = p0;
+        }
+    }
+    // A counter's four words are four neighbouring columns.
+#pragma GCC unroll 4
+    for (int n = 0; n < kAbreast; ++n)
+        StoreInTurns(ByteSums((x0[n] & 0xffffffffu) | (x1[n] << 32)),
+                     ByteSums((x2[n] & 0xffffffffu) | (x3[n] << 32)), sums + 32 * n);
+}
+
+// The same for `count` columns, a multiple of 32.
+inline void FillSums(const RoundKeys& keys, int64_t row, uint32_t counter, int64_t count, int32_t* sums) {
+    constexpr int kAbreast = ELLE_LEVEL >= 4 ? 4 : 1;
+    const uint64_t row_bits = static_cast<uint64_t>(row), first = counter;
+    int64_t c = 0;
+    for (; c + 32 * kAbreast <= count; c += 32 * kAbreast)
+        FillSome<kAbreast>(keys, row_bits, first + static_cast<uint64_t>(c) / 4, sums + c);
+    for (; c < count; c += 32) FillSome<1>(keys, row_bits, first + static_cast<uint64_t>(c) / 4, sums + c);
 }
 
 #if ELLE_LEVEL >= 4
@@ -144,16 +169,17 @@ ELLE_INLINE Vector<T, kWide> Fetch(const View& map, int64_t v, const T* in) {
 #endif
 }
 
-// One row. Pointers are held in locals: what is stored through `out` might else change them.
+// One row, in whole vectors. Pointers are held in locals: what is stored through `row` might else change
+// them.
 template <typename T, bool kScaled, bool kNoise>
-inline void FillRow(const Job<T>& job, const T* in, const T* scale, const int32_t* sums, T* out) {
+inline void FillRow(const Job<T>& job, const T* in, const T* scale, const int32_t* sums, T* row) {
     constexpr int kWide = kLanesOf<T>;
     const View columns(job.columns);
-    const bool paired = !job.partners.empty();
+    const bool paired = !job.partners.empty(), alone = job.alone;
     const View partner = paired ? View(job.partners[0]) : View();
     const bool crowded = job.partners.size() > 1;
     const T* factor = job.factor.data();
-    const int64_t width = job.width, shift = job.shift;
+    const int64_t width = job.width, shift = job.noise_draw.shift;
     for (int64_t v = 0; v * kWide < width; ++v) {
         Vector<T> x = Fetch<T, kWide>(columns, v, in);
         if (kScaled) x *= Load<T>(scale + v * kWide);
@@ -165,75 +191,215 @@ inline void FillRow(const Job<T>& job, const T* in, const T* scale, const int32_
             if (crowded)
                 for (std::size_t k = 1; k < job.partners.size(); ++k)
                     centred += own - Fetch<int32_t, kWide>(View(job.partners[k]), v, sums);
-            x += x * (__builtin_convertvector(centred, Vector<T>) * Load<T>(factor + v * kWide));
+            const Vector<T> noise =
+                x * (__builtin_convertvector(centred, Vector<T>) * Load<T>(factor + v * kWide));
+            x = alone ? noise : x + noise;
         }
-        const int64_t left = std::min<int64_t>(kWide, width - v * kWide);
-        if (left == kWide)
-            std::memcpy(out + v * kWide, &x, sizeof x);
-        else
-            std::memcpy(static_cast<void*>(out + v * kWide), &x, left * sizeof(T));
+        std::memcpy(row + v * kWide, &x, sizeof x);
+    }
+}
+
+// Random values where the mask is set.
+template <typename T>
+inline void FillFresh(const Job<T>& job, const LaneMask<T>* mask, const int32_t* sums, T* row) {
+    constexpr int kWide = kLanesOf<T>, kPart = 8;
+    using Mask = Vector<LaneMask<T>, kWide>;
+    const double factor = job.fresh_factor;
+    const int64_t width = job.width, shift = job.fresh_draw.shift;
+    for (int64_t v = 0; v * kWide < width; ++v) {
+        Vector<T> drawn, x = Load<T>(row + v * kWide);
+        for (int part = 0; part < kWide / kPart; ++part) {
+            const Vector<int32_t, kPart> sum =
+                Load<int32_t, kPart>(sums + shift + v * kWide + part * kPart) - kMeanOfSums;
+            const Vector<double, kPart> value = __builtin_convertvector(sum, Vector<double>) * factor;
+            const Vector<T, kPart> rounded = __builtin_convertvector(value, Vector<T, kPart>);
+            std::memcpy(reinterpret_cast<char*>(&drawn) + part * sizeof rounded, &rounded, sizeof rounded);
+        }
+        const Mask wanted = Load<LaneMask<T>, kWide>(mask + v * kWide);
+        x = (Vector<T>)(((Mask)drawn & wanted) | ((Mask)x & ~wanted));
+        std::memcpy(row + v * kWide, &x, sizeof x);
     }
 }
 
 // For units with many copies: replaces sums by what is left of them after centring.
 template <typename T>
 inline void Centre(const Job<T>& job, std::vector<int32_t>& totals, int32_t* sums) {
+    const int64_t shift = job.noise_draw.shift;
     std::fill(totals.begin(), totals.end(), 0);
-    for (int64_t j = 0; j < job.width; ++j) totals[job.unit[j]] += sums[job.shift + j];
+    for (int64_t j = 0; j < job.width; ++j) totals[job.unit[j]] += sums[shift + j];
     for (int64_t j = 0; j < job.width; ++j)
-        sums[job.shift + j] = job.copies[job.unit[j]] * sums[job.shift + j] - totals[job.unit[j]];
+        sums[shift + j] = job.copies[job.unit[j]] * sums[shift + j] - totals[job.unit[j]];
+}
+
+template <typename T>
+ELLE_INLINE void Add(T* __restrict__ out, const T* a, const T* b, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) out[i] = a[i] + b[i];
+}
+
+template <typename T>
+ELLE_INLINE void AddTo(T* __restrict__ out, const T* other, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) out[i] += other[i];
+}
+
+// Adds `size` lines of `count` numbers by halves into the first of `sums`, which has room for half of them.
+template <typename T>
+inline void AddByHalves(const T* lines, int64_t stride, int64_t size, int64_t count, T* sums) {
+    int64_t half = size / 2;
+    if (half == 0) {
+        std::memcpy(static_cast<void*>(sums), lines, count * sizeof(T));
+        return;
+    }
+    if (stride == count)
+        Add(sums, lines, lines + half * count, half * count);
+    else
+        for (int64_t k = 0; k < half; ++k)
+            Add(sums + k * count, lines + k * stride, lines + (k + half) * stride, count);
+    if (size % 2 == 1) AddTo(sums, lines + (size - 1) * stride, count);
+    for (size = half; size > 1; size = half) {
+        half = size / 2;
+        AddTo(sums, sums + half * count, half * count);
+        if (size % 2 == 1) AddTo(sums, sums + (size - 1) * count, count);
+    }
+}
+
+// The mean over the rows of the source, columns `begin` to `end`.
+template <typename T>
+void MeanOfRows(Job<T>& job, int64_t begin, int64_t end) {
+    const int64_t height = job.source_height, half = std::max<int64_t>(1, height / 2);
+    const int64_t step = std::max<int64_t>(
+        kLanesOf<T>, kMeanBytes / (half * static_cast<int64_t>(sizeof(T))) / kLanesOf<T> * kLanesOf<T>);
+    std::vector<T> sums(half * std::min(step, end - begin));
+    for (; begin < end; begin += step) {
+        const int64_t count = std::min(step, end - begin);
+        AddByHalves(job.source + begin, job.source_stride, height, count, sums.data());
+        for (int64_t j = 0; j < count; ++j) job.mean_row[begin + j] = sums[j] / static_cast<T>(height);
+    }
+}
+
+// Copies a row, past the caches where that is wanted.
+ELLE_INLINE void PutRow(void* out, const void* row, std::size_t bytes, bool stream) {
+#if defined(__SSE2__)
+    if (stream && bytes >= 256) {
+        char* to = static_cast<char*>(out);
+        const char* from = static_cast<const char*>(row);
+        const std::size_t head = -reinterpret_cast<uintptr_t>(to) % 64;
+        std::memcpy(to, from, head);
+        std::size_t at = head;
+        for (; at + 64 <= bytes; at += 64) {
+#if ELLE_LEVEL >= 4
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), _mm512_loadu_si512(from + at));
+#else
+            for (int k = 0; k < 64; k += 16)
+                _mm_stream_si128(reinterpret_cast<__m128i*>(to + at + k),
+                                 _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at + k)));
+#endif
+        }
+        std::memcpy(to + at, from + at, bytes - at);
+        return;
+    }
+#endif
+    std::memcpy(out, row, bytes);
+}
+
+// What a thread works with.
+template <typename T>
+struct Scratch {
+    explicit Scratch(const Job<T>& job)
+        : scale(job.scaled ? job.columns.index.size() : 0),
+          sums(std::max(job.noise_draw.sums, job.fresh_draw.sums)),
+          totals(job.copies.size()),
+          longer(job.mean_column ? job.source_width + 1 : 0),
+          halves(job.mean_column ? std::max<int64_t>(1, job.source_width / 2) : 0),
+          row(job.columns.index.size()),
+          noise_keys(job.noise_draw.key),
+          fresh_keys(job.fresh_draw.key) {}
+    std::vector<T> scale;
+    std::vector<int32_t> sums, totals;
+    std::vector<T> longer;  // a row of the source, and its mean
+    std::vector<T> halves;
+    std::vector<T> row;
+    RoundKeys noise_keys, fresh_keys;
+    int64_t longer_of = -2;
+    bool scale_known = false;
+    double scale_row = 1.0;
+};
+
+// The row of the source that row `i` is made of.
+template <typename T>
+inline const T* SourceRow(const Job<T>& job, int64_t i, Scratch<T>& scratch) {
+    const int64_t r = job.rows[i];
+    const T* in = r == kMean ? job.mean_row.data() : job.source + r * job.source_stride;
+    if (!job.mean_column) return in;
+    if (scratch.longer_of != r) {
+        std::memcpy(static_cast<void*>(scratch.longer.data()), in, job.source_width * sizeof(T));
+        AddByHalves(in, 1, job.source_width, 1, scratch.halves.data());
+        scratch.longer[job.source_width] = scratch.halves[0] / static_cast<T>(job.source_width);
+        scratch.longer_of = r;
+    }
+    return scratch.longer.data();
+}
+
+// Makes row `i` of what the source says, scaled, with its noise.
+template <typename T>
+inline void MakeRow(const Job<T>& job, int64_t i, const T* in, bool scaled, bool noise, Scratch<T>& scratch) {
+    const double row_scale = job.row_scale == nullptr ? 1.0 : job.row_scale[i];
+    T* row = scratch.row.data();
+    if (scaled && !(scratch.scale_known && scratch.scale_row == row_scale)) {
+        for (int64_t j = 0; j < job.width; ++j)
+            scratch.scale[j] =
+                static_cast<T>(job.col_scale == nullptr ? row_scale : row_scale * job.col_scale[j]);
+        scratch.scale_known = true;
+        scratch.scale_row = row_scale;
+    }
+    const T* scale = scratch.scale.data();
+    int32_t* sums = scratch.sums.data();
+    if (noise) {
+        const Draw& draw = job.noise_draw;
+        FillSums(scratch.noise_keys, draw.first_row + i, draw.counter, draw.sums, sums);
+        if (!job.copies.empty()) Centre(job, scratch.totals, sums);
+        scaled ? FillRow<T, true, true>(job, in, scale, sums, row)
+               : FillRow<T, false, true>(job, in, nullptr, sums, row);
+    } else if (job.alone) {
+        std::fill(scratch.row.begin(), scratch.row.end(), T(0));
+    } else {
+        scaled ? FillRow<T, true, false>(job, in, scale, nullptr, row)
+               : FillRow<T, false, false>(job, in, nullptr, nullptr, row);
+    }
 }
 
 template <typename T>
 void ExpandRows(const Job<T>& job, int64_t begin, int64_t end) {
-    const std::size_t padded = job.columns.index.size();
     const std::size_t bytes = job.width * sizeof(T);
-    std::vector<T> scale(job.scaled ? padded : 0);
-    std::vector<int32_t> sums(job.sums), totals(job.copies.size());
-    bool scale_known = false;
-    double scale_row = 1.0;
+    Scratch<T> scratch(job);
+    bool made = false;  // scratch.row holds what the source says of row i - 1, and nothing else
     for (int64_t i = begin; i < end; ++i) {
-        const T* in = job.source + job.rows[i] * job.source_stride;
         T* out = job.out + i * job.out_stride;
         const double row_scale = job.row_scale == nullptr ? 1.0 : job.row_scale[i];
         const bool scaled = job.scaled && (job.col_scale != nullptr || row_scale != 1.0);
-        const bool plain = job.contiguous && !scaled && !job.noise;
-        const bool again = !job.noise && i > begin && job.rows[i] == job.rows[i - 1] &&
+        const bool noise = job.noise && job.rows[i] != kMean;
+        const uint8_t code = job.fresh_rows == nullptr ? kForbidden : job.fresh_rows[i];
+        const bool fresh = code == kRandom || (code != kForbidden && job.any_asked);
+        const bool again = made && !noise && job.rows[i] == job.rows[i - 1] &&
                            (job.row_scale == nullptr || row_scale == job.row_scale[i - 1]);
-        if (plain || again) {
-            const T* from = again ? out - job.out_stride : in + job.columns.index[0];
-            std::memcpy(static_cast<void*>(out), from, bytes);
-            continue;
+        if (!again) {
+            const T* in = SourceRow(job, i, scratch);
+            if (job.contiguous && !scaled && !noise && !fresh && !job.alone) {
+                PutRow(out, in + job.columns.index[0], bytes, job.stream);
+                made = false;
+                continue;
+            }
+            MakeRow(job, i, in, scaled, noise, scratch);
         }
-        if (scaled && !(scale_known && scale_row == row_scale)) {
-            for (int64_t j = 0; j < job.width; ++j)
-                scale[j] =
-                    static_cast<T>(job.col_scale == nullptr ? row_scale : row_scale * job.col_scale[j]);
-            scale_known = true;
-            scale_row = row_scale;
+        made = !noise && !fresh;
+        if (fresh) {
+            const Draw& draw = job.fresh_draw;
+            FillSums(scratch.fresh_keys, draw.first_row + i, draw.counter, draw.sums, scratch.sums.data());
+            FillFresh(job, code == kRandom ? job.allowed.data() : job.asked.data(), scratch.sums.data(),
+                      scratch.row.data());
         }
-        if (job.noise) {
-            FillSums(job.key, job.first_row + i, job.counter, job.sums, sums.data());
-            if (!job.copies.empty()) Centre(job, totals, sums.data());
-            scaled ? FillRow<T, true, true>(job, in, scale.data(), sums.data(), out)
-                   : FillRow<T, false, true>(job, in, nullptr, sums.data(), out);
-        } else {
-            scaled ? FillRow<T, true, false>(job, in, scale.data(), nullptr, out)
-                   : FillRow<T, false, false>(job, in, nullptr, nullptr, out);
-        }
+        PutRow(out, scratch.row.data(), bytes, job.stream);
     }
-}
-
-// Random values where a row or a column asks for them and neither forbids it.
-template <typename T>
-void FillRandomRows(const RandomJob<T>& job, int64_t begin, int64_t end) {
-    std::vector<int32_t> sums(job.sums);
-    for (int64_t i = begin; i < end; ++i) {
-        const std::vector<int64_t>& places = job.rows[i] == kRandom ? job.allowed : job.asked;
-        if (job.rows[i] == kForbidden || places.empty()) continue;
-        FillSums(job.key, job.first_row + i, job.counter, job.sums, sums.data());
-        T* out = job.out + i * job.stride;
-        for (const int64_t j : places)
-            out[j] = static_cast<T>((sums[job.shift + j] - kMeanOfSums) * job.factor);
-    }
+#if defined(__SSE2__)
+    if (job.stream) _mm_sfence();
+#endif
 }

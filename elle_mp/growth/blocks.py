@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor
 
+from elle_mp.growth.indices import Indices, groups_of, indices_of, random_codes
 from elle_mp.growth.maps import Fill
-from elle_mp.growth.tensors import DimGrowth, TensorGrowth, moment_factor
-from elle_mp.ops.expand import FORBIDDEN, KEPT, RANDOM, Noise, expand, fill_random, noise_key
+from elle_mp.growth.tensors import TensorGrowth, moment_factor
+from elle_mp.ops.expand import RANDOM, Fresh, Noise, expand, noise_key, sum_by_halves
 from elle_mp.ops.random import Bounds, normal_block
 
 
@@ -34,19 +35,18 @@ def grow_weight(growth: TensorGrowth, blocks: Blocks, bounds: Bounds, out: Tenso
     if growth.source is None:
         out.fill_(growth.treatment.constant or 0.0)
         return
-    source = _folded(growth, blocks)
-    scales = tuple(None if item is None else item.scale for item in growth.dims)
-    _expand(growth, source, bounds, scales, out, growth.noise)
-    if growth.treatment.zero or growth.pick:
-        _leave_noise_alone(growth, source, bounds, scales, out)
-    if growth.treatment.zero:
+    if growth.treatment.zero and growth.noise is None:
+        out.zero_()
         return
+    source = _folded(growth, blocks)
+    noise = _noise(growth, bounds)
+    if growth.treatment.zero or growth.pick:
+        _write_noise_alone(growth, source, bounds, out, noise)
+        return
+    fresh = _fresh(growth, bounds)
+    _expand(growth, source, _weights(growth, source, bounds), out, noise, fresh)
     if growth.above is not None:
-        _take_from_above(growth, blocks[growth.above], bounds, scales, out)
-    for dim, item in enumerate(growth.dims):
-        if item is not None and item.has(Fill.MEAN):
-            _fill_means(growth, source, dim, bounds, scales, out)
-    _fill_random(growth, bounds, out)
+        _take_from_above(growth, blocks[growth.above], bounds, out, noise, fresh)
     if growth.copy_noise is not None:
         _noise_on_copies(growth, growth.copy_noise, bounds, out)
 
@@ -56,57 +56,74 @@ def grow_moment(growth: TensorGrowth, block: Block, bounds: Bounds, out: Tensor,
     """Writes the block of Adam's moment of ``degree`` 1 or 2 in the gradient into ``out``, from one of the old."""
     if out.numel() == 0:
         return
-    factors = tuple(None if item is None else moment_factor(item, growth.moments, degree) for item in growth.dims)
-    _expand(growth, block, bounds, factors, out, None)
+    key = (growth.shape, bounds, block.bounds, growth.moments, degree)
+    indices = growth.known.get(growth.dims, *key)
+    if not isinstance(indices, Indices):
+        factors = tuple(None if item is None else moment_factor(item, growth.moments, degree) for item in growth.dims)
+        indices = indices_of(growth.dims, growth.shape, bounds, block.bounds, factors, means=False)
+        growth.known.put(indices, growth.dims, *key)
+    _expand(growth, block, indices, out)
     if growth.pick:
-        out.mul_(_picked(growth, bounds).to(out))
+        out.mul_(_picked(growth, bounds))
+
+
+def _weights(growth: TensorGrowth, block: Block, bounds: Bounds) -> Indices:
+    key = (growth.shape, bounds, block.bounds)
+    found = growth.known.get(growth.dims, *key)
+    if not isinstance(found, Indices):
+        scales = tuple(None if item is None else item.scale for item in growth.dims)
+        found = indices_of(growth.dims, growth.shape, bounds, block.bounds, scales, means=True)
+        growth.known.put(found, growth.dims, *key)
+    return found
 
 
 def _expand(
     growth: TensorGrowth,
     block: Block,
-    bounds: Bounds,
-    scales: tuple[Tensor | None, ...],
+    indices: Indices,
     out: Tensor,
-    noise: float | None,
+    noise: Noise | None = None,
+    fresh: Fresh | None = None,
 ) -> None:
-    """``out = block[maps] * scales`` as one matrix: the last dimension is columns, all others are rows."""
-    indices = [
-        torch.arange(start - low, stop - low) if item is None else item.item.index[start:stop] - low
-        for item, (low, _), (start, stop) in zip(growth.dims, block.bounds, bounds, strict=True)
-    ]
-    parts = [None if scale is None else scale[start:stop] for scale, (start, stop) in zip(scales, bounds, strict=True)]
-    rows, row_scale = torch.zeros(1, dtype=torch.int64), None
-    for dim, (index, part) in enumerate(zip(indices[:-1], parts[:-1], strict=True)):
-        rows = (rows[:, None] * block.values.shape[dim] + index).reshape(-1)
-        if row_scale is not None or part is not None:
-            before = torch.ones(1, dtype=torch.float64) if row_scale is None else row_scale
-            row_scale = (before[:, None] * (part if part is not None else torch.ones(len(index)))).reshape(-1)
-    made = None
-    last = growth.dims[-1]
-    if noise is not None and last is not None:
-        start, stop = bounds[-1]
-        first_row = bounds[0][0] * prod(growth.shape[1:-1]) if len(bounds) > 1 else 0
-        made = Noise(noise_key(growth.seed, growth.stream), noise, first_row, start, _groups(growth, start, stop))
     width = block.values.shape[-1]
     expand(
         block.values.reshape(-1, width) if width else block.values.reshape(0, 0),
-        rows,
-        indices[-1],
-        row_scale,
-        parts[-1],
+        indices.rows,
+        indices.cols,
+        indices.row_scale,
+        indices.col_scale,
         out.view(-1, out.shape[-1]),
-        made,
+        noise,
+        fresh,
     )
 
 
-def _groups(growth: TensorGrowth, start: int, stop: int) -> Tensor:
-    """Copies of a unit share a number; what is no copy has one of its own."""
-    item = growth.dims[-1]
-    if item is None:
-        raise ValueError(f"{growth.name}: no copies along its last dimension")
-    place = torch.arange(start, stop) + item.item.old
-    return torch.where(item.fill[start:stop] == int(Fill.COPY), item.item.index[start:stop], place)
+def _noise(growth: TensorGrowth, bounds: Bounds) -> Noise | None:
+    last = growth.dims[-1]
+    if growth.noise is None or last is None:
+        return None
+    groups = growth.known.get((last,), "groups", bounds[-1])
+    if not isinstance(groups, Tensor):
+        groups = groups_of(last, *bounds[-1])
+        growth.known.put(groups, (last,), "groups", bounds[-1])
+    return Noise(noise_key(growth.seed, growth.stream), growth.noise, *_place(growth, bounds), groups)
+
+
+def _fresh(growth: TensorGrowth, bounds: Bounds) -> Fresh | None:
+    """Entries that are new and free: as at initialisation, by global index."""
+    if not any(item is not None and Fill.RANDOM in item.fills for item in growth.dims):
+        return None
+    codes = growth.known.get(growth.dims, "codes", bounds)
+    if not isinstance(codes, tuple):
+        codes = random_codes(growth.dims, bounds)
+        growth.known.put(codes, growth.dims, "codes", bounds)
+    key = noise_key(growth.seed, f"{growth.stream}/random")
+    return Fresh(key, growth.spec.std or 0.0, *_place(growth, bounds), *codes)
+
+
+def _place(growth: TensorGrowth, bounds: Bounds) -> tuple[int, int]:
+    """Row and column of the block in the whole tensor as one matrix."""
+    return bounds[0][0] * prod(growth.shape[1:-1]) if len(bounds) > 1 else 0, bounds[-1][0]
 
 
 def _folded(growth: TensorGrowth, blocks: Blocks) -> Block:
@@ -118,96 +135,40 @@ def _folded(growth: TensorGrowth, blocks: Blocks) -> Block:
     if growth.folded_weight is None:
         return Block(source.values * gain, source.bounds)
     weight = blocks[growth.folded_weight].values
-    return Block(source.values + _sum(weight * shift, 1).squeeze(1), source.bounds)
+    return Block(source.values + sum_by_halves(weight * shift, 1).squeeze(1), source.bounds)
 
 
-def _leave_noise_alone(
-    growth: TensorGrowth, source: Block, bounds: Bounds, scales: tuple[Tensor | None, ...], out: Tensor
-) -> None:
+def _write_noise_alone(growth: TensorGrowth, source: Block, bounds: Bounds, out: Tensor, noise: Noise | None) -> None:
     """Only chosen copies (block-diagonal), or none (an added layer), keep the value; the noise cancels over all.
 
     Without the noise, copies inside an added layer would never separate.
     """
-    kept = _picked(growth, bounds).to(out.device) & (not growth.treatment.zero) if growth.pick else None
-    if growth.noise is None:
-        out.zero_() if kept is None else out.mul_(kept)
+    indices = _weights(growth, source, bounds)
+    alone = None if noise is None else replace(noise, alone=True)
+    if growth.treatment.zero:
+        _expand(growth, source, indices, out, alone)
         return
-    plain = torch.empty_like(out)
-    _expand(growth, source, bounds, scales, plain, None)
-    out.sub_(plain)
-    if kept is not None:
-        out.add_(plain.mul_(kept))
+    _expand(growth, source, indices, out)
+    out.mul_(_picked(growth, bounds).to(out.device))
+    if alone is not None:
+        added = torch.empty_like(out)
+        _expand(growth, source, indices, added, alone)
+        out.add_(added)
+    fresh = _fresh(growth, bounds)
+    if fresh is not None:
+        drawn = torch.empty_like(out)
+        _expand(growth, source, indices, drawn, None, fresh)
+        wanted = torch.maximum(fresh.rows[:, None], fresh.cols) == RANDOM
+        torch.where(wanted.to(out.device), drawn, out, out=out)
 
 
 def _take_from_above(
-    growth: TensorGrowth, above: Block, bounds: Bounds, scales: tuple[Tensor | None, ...], out: Tensor
+    growth: TensorGrowth, above: Block, bounds: Bounds, out: Tensor, noise: Noise | None, fresh: Fresh | None
 ) -> None:
     values = torch.empty_like(out)
-    _expand(growth, above, bounds, scales, values, growth.noise)
-    out.copy_(torch.where(_any(growth, bounds, Fill.NEXT).to(out.device), values, out))
-
-
-def _fill_means(
-    growth: TensorGrowth,
-    source: Block,
-    dim: int,
-    bounds: Bounds,
-    scales: tuple[Tensor | None, ...],
-    out: Tensor,
-) -> None:
-    """Units along ``dim`` that hold the mean over the old axis: one line of the tensor, whatever its size."""
-    item = growth.dims[dim]
-    start, stop = bounds[dim]
-    if item is None or not bool((item.fill[start:stop] == int(Fill.MEAN)).any()):
-        return
-    line = _sum(source.values, dim) / source.values.shape[dim]
-    for index, other in enumerate(growth.dims):
-        if other is None or index == dim:
-            continue
-        first, last = bounds[index]
-        line = line.index_select(index, (other.item.index[first:last] - source.bounds[index][0]).to(line.device))
-        scale = scales[index]
-        if scale is not None:
-            line = (line * _along(scale[first:last], index, line)).to(out.dtype)
-    places = torch.nonzero(item.fill[start:stop] == int(Fill.MEAN)).squeeze(1).to(out.device)
-    shape = [len(places) if index == dim else size for index, size in enumerate(out.shape)]
-    out.index_copy_(dim, places, line.to(out.dtype).expand(shape))
-
-
-def _sum(values: Tensor, dim: int) -> Tensor:
-    """The sum along ``dim``, kept, by halves: the same additions however the other dimensions are cut."""
-    size = values.shape[dim]
-    if size == 1:
-        return values
-    total = values.narrow(dim, 0, size // 2) + values.narrow(dim, size // 2, size // 2)
-    while True:
-        if size % 2:
-            total.narrow(dim, 0, 1).add_(values.narrow(dim, size - 1, 1))
-        size, values = size // 2, total
-        if size == 1:
-            return total.narrow(dim, 0, 1)
-        total.narrow(dim, 0, size // 2).add_(total.narrow(dim, size // 2, size // 2))
-
-
-def _fill_random(growth: TensorGrowth, bounds: Bounds, out: Tensor) -> None:
-    """Entries that are new and free: as at initialisation, by global index."""
-    if not any(item is not None and item.has(Fill.RANDOM) for item in growth.dims):
-        return
-    codes = [_random_codes(item, *part) for item, part in zip(growth.dims, bounds, strict=True)]
-    rows = torch.zeros(1, dtype=torch.uint8)
-    for part in codes[:-1]:
-        rows = torch.maximum(rows[:, None], part).reshape(-1)
-    first_row = bounds[0][0] * prod(growth.shape[1:-1]) if len(bounds) > 1 else 0
-    key = noise_key(growth.seed, f"{growth.stream}/random")
-    fill_random(out.view(-1, out.shape[-1]), rows, codes[-1], growth.spec.std or 0.0, key, first_row, bounds[-1][0])
-
-
-def _random_codes(item: DimGrowth | None, start: int, stop: int) -> Tensor:
-    if item is None:
-        return torch.full((stop - start,), KEPT, dtype=torch.uint8)
-    fill = item.fill[start:stop]
-    wanted = torch.where(fill == int(Fill.RANDOM), RANDOM, KEPT)
-    return torch.where(fill == int(Fill.ZERO), FORBIDDEN, wanted).to(torch.uint8)
+    _expand(growth, above, _weights(growth, above, bounds), values, noise, fresh)
+    places = _any(growth, bounds, Fill.NEXT).to(out.device)
+    torch.where(places, values, out, out=out)
 
 
 def _noise_on_copies(growth: TensorGrowth, std: float, bounds: Bounds, out: Tensor) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from elle_mp.axes import Axis, Dim, ParamSpec, Role
 from elle_mp.growth.depth import Treatment
+from elle_mp.growth.indices import Known
 from elle_mp.growth.maps import AxisMap, Fill, dim_map
 from elle_mp.growth.plan import GrowthPlan
 from elle_mp.ops.random import Bounds
@@ -33,12 +35,26 @@ class DimGrowth:
     fill: Tensor
     number: Tensor
 
+    @cached_property
+    def fills(self) -> frozenset[Fill]:
+        """What its units are filled with."""
+        return frozenset(Fill(value) for value in self.fill.unique().tolist())
+
     def has(self, fill: Fill) -> bool:
         """Whether some unit is filled so."""
-        return bool((self.fill == int(fill)).any())
+        return fill in self.fills
 
     def source_range(self, start: int, stop: int) -> tuple[int, int]:
         """The old units that the new ones ``[start, stop)`` are made of."""
+        if (start, stop) not in self._ranges:
+            self._ranges[start, stop] = self._source_range(start, stop)
+        return self._ranges[start, stop]
+
+    @cached_property
+    def _ranges(self) -> dict[tuple[int, int], tuple[int, int]]:
+        return {}
+
+    def _source_range(self, start: int, stop: int) -> tuple[int, int]:
         if start == stop:
             return 0, 0
         if bool((self.fill[start:stop] == int(Fill.MEAN)).any()):
@@ -64,6 +80,7 @@ class TensorGrowth:
         seed: of the plan.
         moments: of the plan; ``reset`` where Adam starts anew.
         old_width: channels of the old residual stream.
+        known: what the growths of one plan found out about blocks alike.
     """
 
     name: str
@@ -81,6 +98,7 @@ class TensorGrowth:
     seed: int
     moments: str
     old_width: int
+    known: Known = field(default_factory=Known, repr=False, compare=False)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -120,6 +138,7 @@ class TensorPlanner:
         self.plan = plan
         self._known: dict[tuple[Dim, int | None, bool], DimGrowth | None] = {}
         width = plan.width_strategy if "+" not in plan.width else None
+        self._shared = Known()
         self._copy_noise = width.copy_noise if width is not None else None
 
     def __call__(self, name: str, spec: ParamSpec) -> TensorGrowth:
@@ -158,6 +177,7 @@ class TensorPlanner:
             seed=plan.seed,
             moments="reset" if treatment.fresh else plan.moments,
             old_width=old_axes[Axis.EMBED],
+            known=self._shared,
         )
 
     def _dim(self, dim: Dim, layer: int | None, own: int | None, has_above: bool) -> DimGrowth | None:

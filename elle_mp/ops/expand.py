@@ -1,6 +1,9 @@
-"""Growth of one matrix in one pass: rows and columns repeated, scaled, and set apart by zero-sum noise.
+"""Growth of one matrix in one pass: rows and columns repeated, scaled, set apart by zero-sum noise; means; new values.
 
     out[i, j] = v + v * n[i, j],    v = source[rows[i], cols[j]] * (row_scale[i] * col_scale[j])
+
+An index of :data:`MEAN` stands for the mean over the axis, and :class:`Fresh` says which entries are random instead.
+One pass, because a large tensor does not stay in a cache until a second one.
 
 The noise comes from Philox4x32-10 (Salmon et al., SC'11): the word of entry (row, column) is number ``column % 4``
 of the counter ``(column // 4, row mod 2^32, row // 2^32, 0)``, so it depends on nothing but the key and the entry's
@@ -12,6 +15,9 @@ the PyTorch path give the same bits, and a block the bits it has in the whole:
 
     scale = round(row_scale * col_scale in fp64);  v = source * scale
     n = round(c S - sum S) * round(strength / (c * BYTES_STD) in fp64);  out = v + (v * n)
+    random values: round((S - MEAN_OF_SUMS) * (std / BYTES_STD) in fp64)
+
+Means add by halves (:func:`sum_by_halves`), so their bits do not depend on how the other dimensions are cut.
 """
 
 from __future__ import annotations
@@ -35,6 +41,12 @@ MEAN_OF_SUMS = 510
 MAX_COPIES = 1 << 20
 """Most copies of one unit: the centred integers stay below 2^31."""
 
+MEAN = -1
+"""An index that stands for the mean over the axis."""
+
+KEPT, RANDOM, FORBIDDEN = 0, 1, 2
+"""What a row or a column says of random values: nothing, that it wants them, that it must have none (which wins)."""
+
 _TILE = 1 << 18
 _NATIVE = (torch.float32, torch.float64)
 _LOW = np.uint64(0xFFFFFFFF)
@@ -50,7 +62,8 @@ class Noise:
         strength: standard deviation of the noise relative to each value, before centring: ``10 ** (-dB / 20)``.
         first_row, first_col: place of ``out[0, 0]`` in the whole tensor.
         groups: int64 ``[C']`` on the CPU; columns with the same number are the copies of one unit, and all of them are
-            in this block. A column alone in its group gets no noise.
+            in this block. A column alone in its group gets no noise, and neither does a row that is a mean.
+        alone: write the noise without the values that it is relative to.
     """
 
     key: int
@@ -58,6 +71,28 @@ class Noise:
     first_row: int
     first_col: int
     groups: Tensor
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Nearly normal values of standard deviation ``std`` where a row or a column wants them.
+
+    An entry's value depends on the key and its place in the whole tensor alone.
+
+    Attributes:
+        key: of :func:`noise_key`.
+        std: standard deviation.
+        first_row, first_col: place of ``out[0, 0]`` in the whole tensor.
+        rows, cols: uint8 ``[R']`` and ``[C']`` on the CPU: :data:`KEPT`, :data:`RANDOM`, or :data:`FORBIDDEN`.
+    """
+
+    key: int
+    std: float
+    first_row: int
+    first_col: int
+    rows: Tensor
+    cols: Tensor
 
 
 def noise_key(seed: int, name: str) -> int:
@@ -73,79 +108,71 @@ def expand(
     col_scale: Tensor | None,
     out: Tensor,
     noise: Noise | None = None,
+    fresh: Fresh | None = None,
 ) -> None:
-    """Writes ``out[i, j] = source[rows[i], cols[j]] * row_scale[i] * col_scale[j]``, plus noise relative to each value.
+    """Writes ``out[i, j] = source[rows[i], cols[j]] * row_scale[i] * col_scale[j]``, noise added, or a random value.
 
     Args:
         source: ``[R, C]`` fp32 or fp64, columns contiguous, rows at any distance; shares no memory with ``out``.
-        rows, cols: int64 ``[R']`` and ``[C']``, indices into ``source``.
+        rows, cols: int64 ``[R']`` and ``[C']``, indices into ``source``, or :data:`MEAN`.
         row_scale, col_scale: fp64 ``[R']`` and ``[C']``, or ``None`` for ones. A scale of one changes no bit.
         out: ``[R', C']`` of the type and device of ``source``, columns contiguous, rows at any distance.
         noise: set on one tensor of a growth: the weights, not their moments.
+        fresh: which entries are random, if any.
 
     Raises:
-        ValueError: shapes, types, strides or indices that do not fit.
+        ValueError: shapes, types, strides or indices that do not fit, or noise and random values of different places.
     """
-    _check(source, rows, cols, row_scale, col_scale, out, noise)
-    native = helpers("expand")
+    _check(source, rows, cols, row_scale, col_scale, out)
+    _check_drawn(noise, fresh, out)
+    native = helpers("Drawn")
     if native is None or out.device.type != "cpu":
-        _expand_torch(source, rows, cols, row_scale, col_scale, out, noise)
+        _expand_torch(source, rows, cols, row_scale, col_scale, out, noise, fresh)
         return
+    place = noise or fresh
+    drawn = native.Drawn(
+        *((None, 0, 0.0, False) if noise is None else (_array(noise.groups), noise.key, noise.strength, noise.alone)),
+        *(
+            (None, None, 0, 0.0)
+            if fresh is None
+            else (*map(_array, (fresh.rows, fresh.cols)), fresh.key, _factor(fresh))
+        ),
+        *((0, 0) if place is None else (place.first_row, place.first_col)),
+    )
     native.expand(
         as_array(source),
-        as_array(rows.contiguous()),
-        as_array(cols.contiguous()),
-        None if row_scale is None else as_array(row_scale.contiguous()),
-        None if col_scale is None else as_array(col_scale.contiguous()),
+        _array(rows),
+        _array(cols),
+        None if row_scale is None else _array(row_scale),
+        None if col_scale is None else _array(col_scale),
         as_array(out),
-        None if noise is None else as_array(noise.groups.contiguous()),
-        *((0, 0.0, 0, 0) if noise is None else (noise.key, noise.strength, noise.first_row, noise.first_col)),
+        drawn,
         BYTES_STD,
         torch.get_num_threads(),
     )
 
 
-KEPT, RANDOM, FORBIDDEN = 0, 1, 2
-"""What a row or a column says of random values: nothing, that it wants them, that it must have none."""
+def _array(values: Tensor) -> npt.NDArray[np.generic]:
+    return as_array(values.contiguous())
 
 
-def fill_random(
-    out: Tensor, rows: Tensor, cols: Tensor, std: float, key: int, first_row: int = 0, first_col: int = 0
-) -> None:
-    """Writes nearly normal values of standard deviation ``std`` where the row or the column wants them.
+def _factor(fresh: Fresh) -> float:
+    return fresh.std / BYTES_STD
 
-    An entry's value depends on the key and its place in the whole tensor alone.
 
-    Args:
-        out: ``[R', C']`` fp32 or fp64, columns contiguous; other entries stay.
-        rows, cols: uint8 ``[R']`` and ``[C']`` on the CPU: :data:`KEPT`, :data:`RANDOM`, or :data:`FORBIDDEN`, which
-            wins.
-        key: of :func:`noise_key`.
-        first_row, first_col: place of ``out[0, 0]`` in the whole tensor.
-
-    Raises:
-        ValueError: shapes or types that do not fit.
-    """
-    if (
-        out.dtype not in _NATIVE
-        or out.shape != (rows.numel(), cols.numel())
-        or {rows.dtype, cols.dtype} != {torch.uint8}
-    ):
-        raise ValueError(f"fill_random wants a uint8 code for each row and column of {tuple(out.shape)}")
-    factor = std / BYTES_STD
-    native = helpers("fill_random")
-    if native is not None and out.device.type == "cpu":
-        codes = as_array(rows.contiguous()), as_array(cols.contiguous())
-        native.fill_random(as_array(out), *codes, factor, key, first_row, first_col, torch.get_num_threads())
-        return
-    height, width = out.shape
-    step = max(1, _TILE // max(width, 1))
-    for begin in range(0, height, step):
-        tile = slice(begin, min(begin + step, height))
-        codes_of = torch.maximum(rows[tile, None], cols)
-        sums = byte_sums(key, first_row + begin, first_col, codes_of.shape[0], width)
-        values = torch.from_numpy((sums - MEAN_OF_SUMS) * factor).to(out.dtype)
-        out[tile] = torch.where((codes_of == RANDOM).to(out.device), values.to(out.device), out[tile])
+def sum_by_halves(values: Tensor, dim: int) -> Tensor:
+    """The sum along ``dim``, kept, by halves: the same additions however the other dimensions are cut."""
+    size = values.shape[dim]
+    if size == 1:
+        return values
+    total = values.narrow(dim, 0, size // 2) + values.narrow(dim, size // 2, size // 2)
+    while True:
+        if size % 2:
+            total.narrow(dim, 0, 1).add_(values.narrow(dim, size - 1, 1))
+        size, values = size // 2, total
+        if size == 1:
+            return total.narrow(dim, 0, 1)
+        total.narrow(dim, 0, size // 2).add_(total.narrow(dim, size // 2, size // 2))
 
 
 def noise_values(noise: Noise, shape: tuple[int, int], dtype: torch.dtype = torch.float64) -> Tensor:
@@ -211,17 +238,25 @@ def _expand_torch(
     col_scale: Tensor | None,
     out: Tensor,
     noise: Noise | None,
+    fresh: Fresh | None,
 ) -> None:
     """The same by PyTorch operations, a tile of rows at a time; equal bit for bit on the CPU."""
     height, width = out.shape
+    if out.numel() == 0:
+        return
     for indices, size in ((rows, source.shape[0]), (cols, source.shape[1])):
-        if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= size):
+        if int(indices.min()) < MEAN or int(indices.max()) >= size:
             raise ValueError(f"expand wants indices from 0 to {size - 1}")
-    column_index = cols.to(out.device)
+    means = rows == MEAN
+    for dim, indices in enumerate((rows, cols)):
+        if bool((indices == MEAN).any()):
+            source = torch.cat([source, sum_by_halves(source, dim) / source.shape[dim]], dim)
+    row_index, column_index = (torch.where(i == MEAN, source.shape[dim] - 1, i) for dim, i in enumerate((rows, cols)))
+    column_index = column_index.to(out.device)
     step = max(1, _TILE // max(width, 1))
     for begin in range(0, height, step):
         tile = slice(begin, min(begin + step, height))
-        value = source.index_select(0, rows[tile].to(out.device)).index_select(1, column_index)
+        value = source.index_select(0, row_index[tile].to(out.device)).index_select(1, column_index)
         if row_scale is not None or col_scale is not None:
             # Rounded on the CPU: not every device has fp64.
             scale = torch.ones((), dtype=torch.float64) if row_scale is None else row_scale[tile, None]
@@ -229,8 +264,20 @@ def _expand_torch(
             value = value * scale.to(out.dtype).to(out.device)
         if noise is not None:
             shifted = replace(noise, first_row=noise.first_row + begin)
-            value = value + value * noise_values(shifted, (value.shape[0], width), out.dtype).to(out.device)
+            added = value * noise_values(shifted, (value.shape[0], width), out.dtype).to(out.device)
+            silent = torch.zeros_like(value) if noise.alone else value
+            value = torch.where(means[tile, None].to(out.device), silent, added if noise.alone else value + added)
+        if fresh is not None:
+            value = _with_fresh(value, fresh, tile)
         out[tile] = value
+
+
+def _with_fresh(value: Tensor, fresh: Fresh, tile: slice) -> Tensor:
+    codes = torch.maximum(fresh.rows[tile, None], fresh.cols)
+    height, width = codes.shape
+    sums = byte_sums(fresh.key, fresh.first_row + tile.start, fresh.first_col, height, width)
+    drawn = torch.from_numpy((sums - MEAN_OF_SUMS) * _factor(fresh)).to(value.dtype)
+    return torch.where((codes == RANDOM).to(value.device), drawn.to(value.device), value)
 
 
 def _check(
@@ -240,7 +287,6 @@ def _check(
     row_scale: Tensor | None,
     col_scale: Tensor | None,
     out: Tensor,
-    noise: Noise | None,
 ) -> None:
     if source.dtype not in _NATIVE or source.dtype != out.dtype:
         raise ValueError(f"expand wants source and out both fp32 or both fp64, got {source.dtype}, {out.dtype}")
@@ -258,5 +304,17 @@ def _check(
             raise ValueError(f"expand wants {name} fp64 [{size}], got {scale.dtype} {tuple(scale.shape)}")
     if rows.dtype != torch.int64 or cols.dtype != torch.int64 or rows.dim() != 1 or cols.dim() != 1:
         raise ValueError("expand wants rows and cols int64 [R'] and [C']")
-    if noise is not None and (noise.groups.dtype != torch.int64 or noise.groups.shape != (sizes[1],)):
-        raise ValueError(f"expand wants noise.groups int64 [{sizes[1]}], got {tuple(noise.groups.shape)}")
+
+
+def _check_drawn(noise: Noise | None, fresh: Fresh | None, out: Tensor) -> None:
+    height, width = out.shape
+    if noise is not None and (noise.groups.dtype != torch.int64 or noise.groups.shape != (width,)):
+        raise ValueError(f"expand wants noise.groups int64 [{width}], got {tuple(noise.groups.shape)}")
+    if fresh is None:
+        return
+    if (fresh.rows.shape, fresh.cols.shape) != ((height,), (width,)) or {fresh.rows.dtype, fresh.cols.dtype} != {
+        torch.uint8
+    }:
+        raise ValueError(f"expand wants a uint8 code for each row and column of {tuple(out.shape)}")
+    if noise is not None and (noise.first_row, noise.first_col) != (fresh.first_row, fresh.first_col):
+        raise ValueError("expand wants noise and random values of the same place")

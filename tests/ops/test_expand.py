@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elle_mp.ops import expand as module
 from elle_mp.ops import native
-from elle_mp.ops.expand import Noise, byte_sums, expand, noise_key, philox
+from elle_mp.ops.expand import FORBIDDEN, KEPT, MEAN, RANDOM, Fresh, Noise, byte_sums, expand, noise_key, philox
 
 WORD = 0xFFFFFFFF
 DTYPES = (torch.float32, torch.float64)
@@ -28,7 +28,7 @@ MAPS: dict[str, Callable[[int, int], Tensor]] = {
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
         monkeypatch.setattr(module, "helpers", lambda name: None)
-    elif native.helpers("expand") is None:
+    elif native.helpers("Drawn") is None:
         pytest.skip("the helpers are not built")
     return str(request.param)
 
@@ -102,7 +102,7 @@ def test_every_entry_is_what_the_description_says(
     assert torch.equal(out, by_loops(source, rows, cols, row_scale, col_scale, noise))
 
 
-@pytest.mark.skipif(native.helpers("expand") is None, reason="the helpers are not built")
+@pytest.mark.skipif(native.helpers("Drawn") is None, reason="the helpers are not built")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", MAPS)
 @pytest.mark.parametrize("scales", ["none", "rows", "cols", "both"])
@@ -173,6 +173,69 @@ def test_a_block_is_the_block_of_the_whole(path: str, dtype: torch.dtype) -> Non
         assert torch.equal(out, whole[top:bottom, left:right])
 
 
+@pytest.mark.skipif(native.helpers("Drawn") is None, reason="the helpers are not built")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("noisy", ["silent", "noise", "alone"])
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 5, 6), (7, 301, 11, 443), (40, 2, 60, 3), (3, 129, 4, 150), (400, 500, 600, 701)]
+)
+def test_both_paths_give_the_same_bits_with_means_and_random_values(
+    dtype: torch.dtype, noisy: str, fresh: bool, shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(shape[1])
+    old_rows, old_cols, new_rows, new_cols = shape
+    rows, cols = MAPS["floor"](old_rows, new_rows), MAPS["floor"](old_cols, new_cols)
+    groups = cols.clone()
+    rows[torch.rand(new_rows, generator=generator) < 0.3] = MEAN
+    cols[torch.rand(new_cols, generator=generator) < 0.3] = MEAN
+    row_scale, col_scale = (torch.rand(size, dtype=torch.float64, generator=generator) for size in (new_rows, new_cols))
+    codes = [torch.randint(KEPT, FORBIDDEN + 1, (n,), dtype=torch.uint8, generator=generator) for n in shape[2:]]
+    noise = None if noisy == "silent" else Noise(noise_key(2, "w"), 0.3, 11, 5, groups, alone=noisy == "alone")
+    drawn = Fresh(noise_key(2, "v"), 0.02, 11, 5, codes[0], codes[1]) if fresh else None
+    source, outs = strided(old_rows, old_cols, dtype), [strided(new_rows, new_cols, dtype) for _ in range(2)]
+    expand(source, rows, cols, row_scale, col_scale, outs[0], noise, drawn)
+    monkeypatch.setattr(module, "helpers", lambda name: None)
+    expand(source, rows, cols, row_scale, col_scale, outs[1], noise, drawn)
+    assert torch.equal(*outs)
+    assert not fresh or bool((torch.maximum(codes[0][:, None], codes[1]) == RANDOM).any())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 2, 7, 48])
+def test_a_mean_is_the_mean_of_its_axis_without_noise(path: str, dtype: torch.dtype, size: int) -> None:
+    source, out = strided(size, 11, dtype), torch.empty(4, 13, dtype=dtype)
+    rows, cols = torch.tensor([0, MEAN, size - 1, MEAN]), torch.tensor([*range(11), MEAN, MEAN])
+    scale = torch.linspace(0.5, 1.5, 13, dtype=torch.float64)
+    expand(source, rows, cols, None, scale, out, Noise(1, 0.1, 0, 0, torch.tensor([0] * 11 + [1, 2])))
+    close: dict[str, float] = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    exact = source.double()
+    means = torch.cat([exact, exact.mean(1, keepdim=True).expand(-1, 2)], 1).mean(0) * scale
+    torch.testing.assert_close(out[[1, 3]].double(), means.expand(2, -1), **close)
+    wanted = exact[[0, size - 1]].mean(1, keepdim=True) * scale[11:]
+    torch.testing.assert_close(out[[0, 2], 11:].double(), wanted, **close)
+
+
+def test_the_noise_alone_is_what_noise_adds(path: str) -> None:
+    source, cols = torch.randn(30, 40, dtype=torch.float64), MAPS["floor"](40, 60)
+    noise = Noise(3, 0.5, 0, 0, cols)
+    outs = [torch.empty(30, 60, dtype=torch.float64) for _ in range(3)]
+    for out, made in zip(outs, (None, noise, replace(noise, alone=True)), strict=True):
+        expand(source, torch.arange(30), cols, None, None, out, made)
+    torch.testing.assert_close(outs[0] + outs[2], outs[1], rtol=1e-15, atol=1e-15)
+    assert bool(outs[2].any())
+
+
+@pytest.mark.parametrize("width", [255, 512, 701])
+def test_a_matrix_beyond_the_caches_and_what_is_around_it(path: str, width: int) -> None:
+    around = torch.full((1100, width + 9), 7.0)
+    out, source = around[40:1060, 3 : 3 + width], torch.randn(340, width)
+    assert out.numel() * 4 > 1 << 20 or width == 255
+    expand(source, torch.arange(1020) // 3, torch.arange(width), None, None, out)
+    assert torch.equal(out, source.repeat_interleave(3, 0))
+    assert (around == 7).sum() == around.numel() - out.numel()
+
+
 def test_a_scale_of_one_changes_no_bit(path: str) -> None:
     source = torch.randn(6, 50) * torch.tensor([1e-42, 1.0, 1e38, 1e-20, 0.0, 3.0])[:, None]
     ones, out = torch.ones(50, dtype=torch.float64), torch.empty(6, 50)
@@ -218,14 +281,14 @@ def test_an_older_build_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "helpers", lambda name: asked.append(name))
     source, out = torch.randn(2, 3), torch.empty(3, 4)
     expand(source, torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1, 2]), None, None, out)
-    assert asked == ["expand"] and torch.equal(out, source[[0, 1, 1]][:, [2, 0, 1, 2]])
+    assert asked == ["Drawn"] and torch.equal(out, source[[0, 1, 1]][:, [2, 0, 1, 2]])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"rows": torch.tensor([0, 2])}, "indices from 0 to 1"),
-        ({"cols": torch.tensor([-1, 0, 1])}, "indices from 0 to 2"),
+        ({"cols": torch.tensor([-2, 0, 1])}, "indices from 0 to 2"),
         ({"source": torch.zeros(2, 3, dtype=torch.float64)}, "both fp32 or both fp64"),
         ({"out": torch.zeros(2, 4)}, r"out \[2, 3\]"),
         ({"out": torch.zeros(3, 2).T}, "contiguous columns"),

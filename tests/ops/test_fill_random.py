@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elle_mp.ops import expand as module
 from elle_mp.ops import native
-from elle_mp.ops.expand import FORBIDDEN, KEPT, RANDOM, fill_random, noise_key
+from elle_mp.ops.expand import FORBIDDEN, KEPT, RANDOM, Fresh, Noise, expand, noise_key
 from tests.ops.test_expand import philox_word
 
 KEY = noise_key(3, "growth/new")
@@ -21,6 +21,14 @@ def codes(size: int, seed: int) -> Tensor:
     return torch.randint(KEPT, FORBIDDEN + 1, (size,), generator=generator, dtype=torch.uint8)
 
 
+def fill_random(
+    out: Tensor, rows: Tensor, cols: Tensor, std: float, key: int, first_row: int = 0, first_col: int = 0
+) -> None:
+    """Random values over what was there, which is the growth that copies everything in its place."""
+    fresh = Fresh(key, std, first_row, first_col, rows, cols)
+    expand(out.clone(), torch.arange(len(rows)), torch.arange(len(cols)), None, None, out, None, fresh)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (130, 257), (3, 0), (0, 4)])
 @pytest.mark.parametrize("compiled", [True, False])
@@ -29,7 +37,7 @@ def test_every_entry_is_what_its_codes_and_its_place_say(
 ) -> None:
     if not compiled:
         monkeypatch.setattr(module, "helpers", lambda name: None)
-    elif native.helpers("fill_random") is None:
+    elif native.helpers("Drawn") is None:
         pytest.skip("the helpers are not built")
     rows, cols = codes(shape[0], 1), codes(shape[1], 2)
     out = torch.full((shape[0], shape[1] + 3), 7.0, dtype=dtype)[:, :-3]
@@ -43,7 +51,7 @@ def test_every_entry_is_what_its_codes_and_its_place_say(
             assert out[i, j] == torch.tensor(wanted, dtype=torch.float64).to(dtype), (i, j)
 
 
-@pytest.mark.skipif(native.helpers("fill_random") is None, reason="the helpers are not built")
+@pytest.mark.skipif(native.helpers("Drawn") is None, reason="the helpers are not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_both_paths_and_any_block_have_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, cols = codes(200, 3), codes(300, 4)
@@ -71,5 +79,10 @@ def test_what_does_not_fit_is_refused() -> None:
     out = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="a uint8 code for each row and column"):
         fill_random(out, torch.zeros(2), torch.zeros(3, dtype=torch.uint8), STD, KEY)
-    with pytest.raises(ValueError, match="a uint8 code for each row and column"):
-        fill_random(out, torch.zeros(3, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), STD, KEY)
+    codes = torch.zeros(2, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8)
+    for fresh, noise, message in (
+        (Fresh(KEY, STD, 0, 0, codes[1], codes[1]), None, "a uint8 code for each row and column"),
+        (Fresh(KEY, STD, 0, 0, *codes), Noise(KEY, 0.1, 1, 0, torch.arange(3)), "of the same place"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expand(torch.zeros(2, 3), torch.arange(2), torch.arange(3), None, None, out, noise, fresh)
