@@ -13,10 +13,17 @@ from elle_mp.axes import Axis, Dim, ParamSpec, Role
 from elle_mp.models.spec import ModelSpec
 from elle_mp.ops.activations import gelu
 from elle_mp.ops.attention import attention, packed_attention
-from elle_mp.ops.dropout import DropoutKey
+from elle_mp.ops.dropout import DropoutKey, dropout
 from elle_mp.ops.norms import layer_norm, rms_norm
-from elle_mp.parallel.collectives import copy_to_tp, reduce_from_tp
+from elle_mp.parallel.collectives import (
+    copy_to_tp,
+    gather_linear,
+    gather_runs,
+    reduce_from_tp,
+    reduce_scatter_sequence,
+)
 from elle_mp.parallel.mesh import Grid
+from elle_mp.parallel.sequence import Positions
 from elle_mp.parallel.sharding import ShardedModule
 
 INIT_STD = 0.02
@@ -32,11 +39,13 @@ class Pass:
     """What every layer of one forward pass shares.
 
     Attributes:
+        positions: which of the sequence this rank holds.
         norm_stats: weights ``[D]`` of the norms' statistics, or ``None`` for uniform ones.
-        rotary: cosine and sine ``[S, head_dim / 2]``, or ``None``.
+        rotary: cosine and sine ``[Sq, head_dim / 2]`` of the positions that attention has queries of, or ``None``.
         dropout: the key of this pass's dropout masks, or ``None`` for no dropout.
     """
 
+    positions: Positions
     norm_stats: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     dropout: DropoutKey | None = None
@@ -44,6 +53,11 @@ class Pass:
     def site(self, number: int) -> DropoutKey | None:
         """The key of one place in the model where dropout acts."""
         return None if self.dropout is None else self.dropout.site(number)
+
+    def drop(self, x: Tensor, p: float, number: int) -> Tensor:
+        """Drops elements of ``x [B, S, D]``, hidden states between sub-layers, at one place in the model."""
+        key = self.site(number)
+        return x if key is None else dropout(x, p, key, self.positions.rows)
 
 
 def matrix(write: tuple[Axis, ...], read: tuple[Axis, ...], std: float = INIT_STD) -> ParamSpec:
@@ -77,14 +91,27 @@ class Norm(ShardedModule):
 
 
 class SubLayer(ShardedModule):
-    """What attention and MLP share: the projection back into the residual stream."""
+    """What attention and MLP share: the projections out of the residual stream and back into it.
 
-    def row_parallel(self, x: Tensor) -> Tensor:
-        """Maps this rank's inner units ``x [B, S, N / tp]`` to ``[B, S, D]``, summed over the ranks; bias once."""
+    The stream ``[B, R, D]`` has the positions of this rank between sub-layers; inside, every tensor-parallel rank has
+    all of the ``Sq`` positions of its context-parallel part (``R = Sq / tp`` with sequence parallelism, else ``Sq``).
+    """
+
+    def column_parallel(self, x: Tensor, name: str, shared: Pass) -> Tensor:
+        """Maps ``x [B, R, D]`` to this rank's inner units ``[B, Sq, N / tp]``."""
+        weight = self.local(f"{name}_weight")
+        bias = self.local(f"{name}_bias") if f"{name}_bias" in self.specs else None
+        if self.tp_group is not None and shared.positions.cut_over_tp:
+            return gather_linear(x, weight, bias, self.tp_group)
+        return F.linear(copy_to_tp(x, self.tp_group), weight, bias)
+
+    def row_parallel(self, x: Tensor, shared: Pass) -> Tensor:
+        """Maps this rank's inner units ``x [B, Sq, N / tp]`` to ``[B, R, D]``, summed over the ranks; bias once."""
         bias = self.local("out_bias") if "out_bias" in self.specs else None
         if self.tp_group is None:
             return F.linear(x, self.local("out_weight"), bias)
-        out = reduce_from_tp(F.linear(x, self.local("out_weight")), self.tp_group)
+        leave = reduce_scatter_sequence if shared.positions.cut_over_tp else reduce_from_tp
+        out = leave(F.linear(x, self.local("out_weight")), self.tp_group)
         return out if bias is None else out + bias
 
 
@@ -102,19 +129,15 @@ class Attention(SubLayer):
             self.declare("out_bias", bias((Axis.EMBED,)))
 
     def forward(self, x: Tensor, shared: Pass) -> Tensor:
-        """Maps ``x [B, S, D]`` to ``[B, S, D]``; the output is not yet dropped out nor added."""
+        """Maps ``x [B, R, D]`` to ``[B, R, D]``; the output is not yet dropped out nor added."""
         spec = self.spec
-        batch, length, _ = x.shape
         groups = spec.kv_groups // self.grid.tp_size
-        inputs = copy_to_tp(x, self.tp_group)
-        qkv = F.linear(inputs, self.local("qkv_weight"), self.local("qkv_bias") if spec.biases else None)
-        qkv = qkv.view(batch, length, groups, spec.queries + 2, spec.head_dim)
-        heads = groups * spec.queries
-        mixed = self._attend(qkv, shared, heads)
-        return self.row_parallel(mixed.reshape(batch, length, heads * spec.head_dim))
+        qkv = self.column_parallel(x, "qkv", shared)
+        qkv = qkv.view(*qkv.shape[:2], groups, spec.queries + 2, spec.head_dim)
+        return self.row_parallel(self._attend(qkv, shared, groups * spec.queries).flatten(2), shared)
 
     def _attend(self, qkv: Tensor, shared: Pass, heads: int) -> Tensor:
-        """Attention of ``qkv [B, S, G, slots, head_dim]``: ``[B, S, heads, head_dim]``."""
+        """Attention of ``qkv [B, Sq, G, slots, head_dim]``: ``[B, Sq, heads, head_dim]``."""
         spec = self.spec
         dropout = spec.attention_dropout if shared.dropout is not None else 0.0
         key, first_head = shared.site(self.site), self.grid.tp_rank * heads
@@ -125,11 +148,17 @@ class Attention(SubLayer):
             "first_head": first_head,
             "heads": spec.heads,
         }
-        if shared.rotary is None:
+        positions = shared.positions
+        if shared.rotary is None and not positions.gathers_keys:
             return packed_attention(qkv, **masks)
         q = qkv[:, :, :, : spec.queries].reshape(*qkv.shape[:2], heads, spec.head_dim)
         k, v = qkv[:, :, :, spec.queries], qkv[:, :, :, spec.queries + 1]
-        return attention(rotate(q, *shared.rotary), rotate(k, *shared.rotary), v, **masks)
+        if shared.rotary is not None:
+            q, k = rotate(q, *shared.rotary), rotate(k, *shared.rotary)
+        if positions.gathers_keys:
+            k, v = gather_runs(torch.stack((k, v), 3), self.grid.group("cp"), positions.layout).unbind(3)
+            masks["runs"] = positions.context
+        return attention(q, k, v, **masks)
 
 
 class Mlp(SubLayer):
@@ -146,16 +175,15 @@ class Mlp(SubLayer):
             self.declare("out_bias", bias((Axis.EMBED,)))
 
     def forward(self, x: Tensor, shared: Pass) -> Tensor:
-        """Maps ``x [B, S, D]`` to ``[B, S, D]``."""
+        """Maps ``x [B, R, D]`` to ``[B, R, D]``."""
         spec = self.spec
-        inputs = copy_to_tp(x, self.tp_group)
-        inner = F.linear(inputs, self.local("in_weight"), self.local("in_bias") if spec.biases else None)
+        inner = self.column_parallel(x, "in", shared)
         if spec.gated_mlp:
             gate, up = inner.view(*inner.shape[:-1], -1, 2).unbind(-1)
             inner = F.silu(gate) * up
         else:
             inner = gelu(inner, tanh=spec.family == "gpt")
-        return self.row_parallel(inner)
+        return self.row_parallel(inner, shared)
 
 
 def rotary_table(spec: ModelSpec, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,18 @@ from elle_mp.axes import Axis, Dim, ParamSpec, Role
 from elle_mp.models.layers import INIT_STD, Attention, Mlp, Norm, Pass, bias, matrix, rotary_table
 from elle_mp.models.spec import ModelSpec
 from elle_mp.ops.activations import gelu
-from elle_mp.ops.dropout import DropoutKey, dropout
+from elle_mp.ops.dropout import DropoutKey
 from elle_mp.ops.embedding import lookup
 from elle_mp.ops.linear_cross_entropy import linear_cross_entropy
-from elle_mp.parallel.collectives import copy_to_tp, reduce_from_tp
+from elle_mp.parallel.collectives import (
+    copy_to_tp,
+    gather_sequence_whole,
+    reduce_from_tp,
+    reduce_scatter_sequence,
+)
 from elle_mp.parallel.mesh import Grid
 from elle_mp.parallel.pipeline import Part
+from elle_mp.parallel.sequence import Positions, behind, below, positions, select, whole_length
 from elle_mp.parallel.sharding import ShardedModule
 
 SITES_PER_LAYER = 3
@@ -47,7 +53,7 @@ class Block(ShardedModule):
             self.declare("gate", ParamSpec((Dim((Axis.ONE,), Role.COPY),), decay=False))
 
     def forward(self, x: Tensor, shared: Pass) -> Tensor:
-        """Maps the residual stream ``x [B, S, D]`` through the layer."""
+        """Maps the residual stream ``x [B, R, D]`` (this rank's positions) through the layer."""
         return self._kept("full", self._layer, x, shared)
 
     def _layer(self, x: Tensor, shared: Pass) -> Tensor:
@@ -75,8 +81,7 @@ class Block(ShardedModule):
         return out
 
     def _drop(self, x: Tensor, shared: Pass, site: int) -> Tensor:
-        key = shared.site(self.site + site)
-        return x if key is None else dropout(x, self.spec.dropout, key)
+        return shared.drop(x, self.spec.dropout, self.site + site)
 
 
 class MlmHead(ShardedModule):
@@ -153,32 +158,40 @@ class Transformer(ShardedModule):
         """Runs the model, or its part, on one micro-batch.
 
         Args:
-            inputs: text ids ``[B, T]`` (masked ones for ``bert``); hidden states ``[B, S, D]`` for a part that is not
-                the first.
+            inputs: text ids ``[B, T]`` (masked ones for ``bert``), whole sequences on every rank; for a part that is
+                not the first the hidden states ``[B, R, D]`` of this rank's positions.
             domain: ``[B]`` row of the prompt table of each sequence.
             targets: ``[B, T]`` ids to predict, :data:`IGNORED` where nothing is predicted.
             key: the dropout key; ``None`` for no dropout (evaluation).
 
         Returns:
-            The sum of the targets' cross entropies (a scalar, the same on every tensor-parallel rank), or without
-            targets this rank's logits ``[B, T, padded_vocab / tp]``; hidden states ``[B, S, D]`` of a part that is
-            not the last.
+            The sum of the cross entropies of this context-parallel rank's targets (a scalar, the same on every
+            tensor-parallel rank), or without targets this rank's logits ``[B, T / cp, padded_vocab / tp]``, prompts
+            left out; hidden states ``[B, R, D]`` of a part that is not the last.
         """
         prompt = self.spec.prompt_tokens
-        shared = self._shared(inputs.shape[1] + (prompt if self.part.first else 0), key)
+        length = inputs.shape[1] + prompt if self.part.first else whole_length(self.grid, inputs.shape[1])
+        shared = self._shared(length, key)
         x = self._embed(inputs, domain, shared) if self.part.first else inputs
         for block in self.layers.values():
             x = block(x, shared)
         if not self.part.last:
             return x
-        x = x[:, prompt:]
+        x = self._text(x, shared.positions)
         if targets is None:
             return F.linear(self._before_table(x, shared), self._table(), self._table_bias())
         return self._losses(x, targets, shared)
 
+    def _text(self, x: Tensor, positions: Positions) -> Tensor:
+        """Of ``x [B, R, D]`` between sub-layers the text that this context-parallel rank has, ``[B, T', D]``."""
+        if positions.cut_over_tp:
+            # The head is computed alike on all tensor-parallel ranks.
+            x = gather_sequence_whole(x, self.tp_group)
+        return x[:, sum(map(len, below(positions.context, self.spec.prompt_tokens))) :]
+
     def _losses(self, x: Tensor, targets: Tensor, shared: Pass) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        chosen = targets.reshape(-1)
+        chosen = select(targets, behind(shared.positions.context, self.spec.prompt_tokens)).reshape(-1)
         wanted = chosen != IGNORED
         if not bool(wanted.all()):
             index = wanted.nonzero().squeeze(1)
@@ -198,21 +211,36 @@ class Transformer(ShardedModule):
         return self.grid.tp_rank * (self.spec.padded_vocab // self.grid.tp_size)
 
     def _shared(self, length: int, key: DropoutKey | None) -> Pass:
-        rotary = rotary_table(self.spec, length, self.grid.device) if self.spec.rotary else None
+        mine = positions(self.grid, length, self.spec.causal)
+        rotary = None
+        if self.spec.rotary:
+            cos, sin = rotary_table(self.spec, length, self.grid.device)
+            rotary = select(cos, mine.context, 0), select(sin, mine.context, 0)
         dropping = key is not None and max(self.spec.dropout, self.spec.attention_dropout) > 0
-        return Pass(self.norm_stats, rotary, key if dropping else None)
+        return Pass(mine, self.norm_stats, rotary, key if dropping else None)
 
     def _embed(self, tokens: Tensor, domain: Tensor, shared: Pass) -> Tensor:
-        table = self.local("token_table")
-        x = reduce_from_tp(lookup(table, tokens, self._vocab_start), self.tp_group)
-        if self.spec.prompt_tokens:
-            x = torch.cat((self.local("prompt_table")[domain], x), dim=1)
+        x = self._vectors(tokens, domain, shared.positions)
         if not self.spec.rotary:
-            x = x + self.local("position_table")[: x.shape[1]]
+            table = self.local("position_table")[: shared.positions.length]
+            x = x + select(table, shared.positions.residual, 0)
         if not self.spec.pre_norm:
             x = self.embedding_norm(x, shared)
-        site = shared.site(0)
-        return x if site is None else dropout(x, self.spec.dropout, site)
+        return shared.drop(x, self.spec.dropout, 0)
+
+    def _vectors(self, tokens: Tensor, domain: Tensor, positions: Positions) -> Tensor:
+        """The rows of the prompts and the tokens that stand at this rank's positions, ``[B, R, D]``."""
+        prompt = self.spec.prompt_tokens
+        text = select(tokens, behind(positions.context, prompt))
+        x = lookup(self.local("token_table"), text, self._vocab_start)
+        if not positions.cut_over_tp:
+            x = reduce_from_tp(x, self.tp_group)
+        if prompt:
+            rows = select(self.local("prompt_table")[domain], below(positions.context, prompt))
+            if positions.cut_over_tp and self.grid.tp_rank > 0:
+                rows = rows * 0  # the first rank's are in the sum, and these have a gradient, too
+            x = torch.cat((rows, x), dim=1)
+        return reduce_scatter_sequence(x, self.tp_group) if positions.cut_over_tp else x
 
     def _before_table(self, x: Tensor, shared: Pass) -> Tensor:
         x = self.final_norm(x, shared) if self.spec.pre_norm else self.head(x, shared)

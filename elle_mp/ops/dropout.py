@@ -108,8 +108,8 @@ def dropout(x: Tensor, p: float, key: DropoutKey, first_row: int | Sequence[int]
         raise ValueError(f"dropout wants x [B, S, D] and B samples, got {tuple(x.shape)}, {tuple(key.samples.shape)}")
     keys = sample_keys(key)
     out: Tensor
-    if isinstance(first_row, int):
-        out = _Dropout.apply(x, p, keys, first_row)
+    if isinstance(first_row, int) or len(first_row) == 1:
+        out = _Dropout.apply(x, p, keys, first_row if isinstance(first_row, int) else first_row[0])
         return out
     if x.shape[1] % len(first_row):
         raise ValueError(f"dropout: {x.shape[1]} positions are not {len(first_row)} equally long runs")

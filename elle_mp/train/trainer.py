@@ -17,6 +17,7 @@ from elle_mp.models.transformer import IGNORED
 from elle_mp.ops.dropout import DropoutKey
 from elle_mp.parallel.data_parallel import synchronise_gradients
 from elle_mp.parallel.mesh import Grid
+from elle_mp.parallel.sequence import sum_partial_gradients
 from elle_mp.train.optimizer import NO_GROWTH, ShardedAdamW
 from elle_mp.train.pipeline import PipelineSchedule
 
@@ -78,6 +79,7 @@ class Trainer:
         # FSDP2 averages gradients over the ranks that share or repeat parameters; this makes it a sum over all targets.
         scale = grid.dp_size * grid.size("cp") / max(targets, 1)
         total = self._gradients(batch, scale)
+        sum_partial_gradients(self.model, grid)
         grid.sum(total, "dp_replicate", "shard", "pp")
         mean = float(total) / max(targets, 1)
         norm = self.optimizer.step(factor, after)
