@@ -12,8 +12,8 @@ from elle_mp.errors import UserError
 T = TypeVar("T")
 
 
-def on_first_rank(work: Callable[[], T]) -> T | None:
-    """Does ``work`` on rank 0 while the others wait.
+def on_first_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T | None:
+    """Does ``work`` on rank 0 while the others of ``group`` (default: all) wait; rank 0 has to be one of them.
 
     Returns:
         Its result on rank 0, ``None`` elsewhere.
@@ -28,8 +28,8 @@ def on_first_rank(work: Callable[[], T]) -> T | None:
             result = work()
         except UserError as error:
             failure = [str(error)]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(failure, src=0)
+    if dist.get_world_size(group) > 1:
+        dist.broadcast_object_list(failure, src=0, group=group)
     if failure[0] is not None:
         raise UserError(failure[0])
     return result

@@ -26,6 +26,7 @@ from elle_mp.parallel.sharding import copies_of, initialise
 from elle_mp.stream.domains import RECOVER, TRAIN, Domains
 from elle_mp.stream.evaluation import perplexity
 from elle_mp.stream.growing import grow, measure, optimizer_of, prove, tie
+from elle_mp.stream.idle import WaitingRoom
 from elle_mp.stream.lifelong import average_increased_perplexity, average_perplexity
 from elle_mp.stream.run_directory import restore_results
 from elle_mp.stream.state import BEGIN, DONE, RunState
@@ -54,6 +55,7 @@ class StreamRunner:
         self.state = RunState()
         self.saved_at = -1
         self.trouble: UserError | None = None
+        self.waiting_room = WaitingRoom()
         self._open()
 
     def run(self) -> bool:
@@ -64,19 +66,27 @@ class StreamRunner:
         """
         with StopRequest() as stop:
             while self.state.phase != DONE:
-                began = time.perf_counter()
-                if self.state.phase == BEGIN:
-                    self._begin_stage()
-                    self.state.stage_seconds += time.perf_counter() - began
-                    continue
-                asked = self._train_phase(stop)
-                if self.state.step == self._phase_steps(self.state.stage, self.state.phase):
-                    self._finish_phase()
-                elif self.saved_at != self.state.global_step:
-                    self._save()
+                self._change_layout()
+                asked = self._run_stage(stop) if self.grid.active else False
+                self.state, asked = self.waiting_room.meet(self.grid, self.state, asked)
                 if asked and self.state.phase != DONE:
                     return False
         return True
+
+    def _run_stage(self, stop: StopRequest) -> bool:
+        """Goes on to the end of the stage, or until asked to stop, which is what it returns."""
+        if self.state.phase == BEGIN:
+            began = time.perf_counter()
+            self._begin_stage()
+            self.state.stage_seconds += time.perf_counter() - began
+        while True:
+            asked = self._train_phase(stop)
+            if self.state.step == self._phase_steps(self.state.stage, self.state.phase):
+                self._finish_phase()
+            elif self.saved_at != self.state.global_step:
+                self._save()
+            if asked or self.state.phase in (BEGIN, DONE):
+                return asked
 
     # Start and resume
 
@@ -84,9 +94,9 @@ class StreamRunner:
         name = self.store.latest()
         if name is None:
             self._layout(0)
-            spec = ModelSpec.from_config(self.config, self.domains.tokenizer.vocab_size)
-            self._make(spec)
-            initialise(self.model, self.config.run.seed)
+            if self.grid.active:
+                self._make(ModelSpec.from_config(self.config, self.domains.tokenizer.vocab_size))
+                initialise(self.model, self.config.run.seed)
             on_first_rank(lambda: self.journal.start(0))
             return
         meta = self.store.meta(name)
@@ -112,8 +122,10 @@ class StreamRunner:
         return [GrowthPlan.from_json(plan) for plan in self.state.lineage]
 
     def _load(self, name: str, stage: int) -> None:
-        """Builds the model of a checkpoint under the layout of ``stage`` and fills it."""
+        """Builds the model of a checkpoint under the layout of ``stage`` and fills it, on ranks with a place there."""
         self._layout(stage)
+        if not self.grid.active:
+            return
         self._make(ModelSpec.from_json(self.store.meta(name)["model"]))
         self.store.load(name, self._tensors())
         tie(self.model, self.optimizer)
@@ -142,18 +154,23 @@ class StreamRunner:
 
     # Stages
 
-    def _begin_stage(self) -> None:
-        """Growth, when the stage has one; a new layout, when it has another."""
+    def _change_layout(self) -> None:
+        """The last stage's model under the layout of the stage that begins, when it has another."""
         state, config = self.state, self.config
-        stage = state.stage
-        if stage > 0:
-            if config.stage_parallel(stage) != config.stage_parallel(self.stage_of_layout):
-                name = self.store.latest()
-                if name is None:
-                    raise RuntimeError("a finished stage left no checkpoint")
-                self._load(name, stage)
-            self._grow(stage)
-        state.enter(RECOVER if config.stream[stage].recover.steps else TRAIN)
+        if state.phase != BEGIN or state.stage == 0:
+            return
+        if config.stage_parallel(state.stage) != config.stage_parallel(self.stage_of_layout):
+            name = self.store.latest()
+            if name is None:
+                raise RuntimeError("a finished stage left no checkpoint")
+            self._load(name, state.stage)
+
+    def _begin_stage(self) -> None:
+        """Growth, when the stage has one."""
+        state = self.state
+        if state.stage > 0:
+            self._grow(state.stage)
+        state.enter(RECOVER if self.config.stream[state.stage].recover.steps else TRAIN)
 
     def _grow(self, stage: int) -> None:
         config, state = self.config, self.state
@@ -210,7 +227,7 @@ class StreamRunner:
                 if state.step < steps:
                     self._between_steps(stage, phase)
                 if result.stop or state.step == steps:
-                    on_first_rank(self._tell_trouble)
+                    on_first_rank(self._tell_trouble, self.grid.everyone)
                 if result.stop:
                     return True
         return False
@@ -303,7 +320,7 @@ class StreamRunner:
         }
         state.finish_stage(record, last=stage == len(config.stream) - 1)
         self._save(f"stage-{stage}-{record['domain']}")
-        on_first_rank(lambda: self.journal.results(state.results()))
+        on_first_rank(lambda: self.journal.results(state.results()), self.grid.everyone)
 
     # Measures
 
@@ -322,7 +339,7 @@ class StreamRunner:
             "ap": average_perplexity(ppl),
             "ap_plus": average_increased_perplexity(ppl, state.finished_ppl, current),
         }
-        on_first_rank(lambda: self.journal.evaluation(self._place(), scores))
+        on_first_rank(lambda: self.journal.evaluation(self._place(), scores), self.grid.everyone)
         return scores
 
     def _place(self) -> Place:
