@@ -51,6 +51,8 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
     Raises:
         RankError: a rank raised (its traceback is the message), died, or did not return in ``timeout`` s.
     """
+    if fn.__module__ == "__main__":  # every process would run the script, which would start processes
+        raise ValueError(f"{fn.__qualname__} has to be in a module, not in the script itself")
     return _pool().run(fn, world_size, args, timeout)
 
 
@@ -218,22 +220,46 @@ def _module_of(name: str, file: str) -> Any:
     return module
 
 
-def _forget_process_groups() -> None:
+class _Caches:
+    """torch's caches that refer to process groups, and the garbage of a call.
+
+    Nearly all objects of a worker are what imports made. They are looked through once, not after every call, which
+    would cost most of a second each time.
+    """
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+        self.modules = 0
+
+    def clear(self) -> None:
+        """Empties the caches, those of modules that the last call imported included, and collects garbage."""
+        import torch
+
+        imported = len(sys.modules) != self.modules
+        if imported:
+            for thing in gc.get_objects():
+                is_cache = type(thing) is functools._lru_cache_wrapper
+                if is_cache and str(getattr(thing, "__module__", "")).startswith("torch.distributed"):
+                    self.found.append(thing)
+        for cache in self.found:
+            cache.cache_clear()
+        clear_fast_path = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
+        if clear_fast_path is not None:
+            clear_fast_path()
+        gc.collect()
+        if imported:
+            gc.freeze()  # what is left belongs to the modules
+            self.modules = len(sys.modules)
+
+
+def _forget_process_groups(caches: _Caches) -> None:
     """Destroys the groups and every cache that still refers to one: DTensor keeps placements together with
     their mesh, and a mesh of the next call compares equal to a dead one."""
-    import torch
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
-    for thing in gc.get_objects():
-        is_cache = isinstance(thing, functools._lru_cache_wrapper)
-        if is_cache and str(getattr(thing, "__module__", "")).startswith("torch.distributed"):
-            thing.cache_clear()
-    clear_fast_path = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
-    if clear_fast_path is not None:
-        clear_fast_path()
-    gc.collect()
+    caches.clear()
 
 
 def _serve_one(call: tuple[Any, ...]) -> Any:
@@ -266,7 +292,8 @@ def _serve() -> None:
     import torch.distributed.tensor  # most tests need it: load it while the pool starts
 
     torch.set_num_threads(1)
-    environment = dict(os.environ)
+    environment, caches = dict(os.environ), _Caches()
+    caches.clear()
     results.send_bytes(b"ready")
     while True:
         try:
@@ -280,7 +307,7 @@ def _serve() -> None:
             results.send_bytes(pickle.dumps((False, traceback.format_exc())))
             signal.pause()  # alive, so that no peer fails first with "connection closed"; the pool ends us
         faulthandler.cancel_dump_traceback_later()
-        _forget_process_groups()
+        _forget_process_groups(caches)
         torch.set_default_dtype(torch.float32)
         torch.set_grad_enabled(True)
         torch.use_deterministic_algorithms(False)
