@@ -34,6 +34,19 @@ SIZES: dict[str, Any] = {
     "vocab_multiple": 64,
 }
 
+# Every family, tied and untied, with grouped keys and values and without.
+MODELS: dict[str, dict[str, Any]] = {
+    "bert": {"family": "bert"},
+    "gpt": {"family": "gpt"},
+    "gpt untied": {"family": "gpt", "tied": False},
+    "llama": {"family": "llama", "kv_groups": None},
+    "llama tied": {"family": "llama", "kv_groups": None, "tied": True},
+    "llama GQA": {"family": "llama", "kv_groups": 2},
+    "llama GQA tied": {"family": "llama", "kv_groups": 2, "tied": True},
+}
+# A growth without noise whose steps are those of the model that did not grow.
+PLAIN: dict[str, Any] = {"noise_db": None, "rate": "mup"}
+
 
 def config_of(family: str, **changes: Any) -> Config:
     """A configuration of two domains, two prompt tokens each; ``changes`` are keys of ``model``."""
@@ -156,6 +169,17 @@ def copying_plan_of(
     whole = grown(sizes, GrowConfig.model_validate(grow)).embed % spec.embed == 0
     width = "replicate" if whole else "iso" if spec.rms_norm else "weighted"
     return plan_of(spec, sizes, grow, **{"width": width} | growth)
+
+
+def plans_of(model: str, *grows: Mapping[str, Any], **growth: Any) -> list[GrowthPlan]:
+    """One plan after the other of a model of :data:`MODELS`, as :func:`copying_plan_of` makes them, :data:`PLAIN`."""
+    spec, sizes = spec_of(**MODELS[model]), config_of(**MODELS[model]).model
+    out = []
+    for grow in grows:
+        plan, sizes = copying_plan_of(spec, sizes, grow, **PLAIN | growth)
+        spec = plan.new
+        out.append(plan)
+    return out
 
 
 def apply(

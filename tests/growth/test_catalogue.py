@@ -14,17 +14,8 @@ from elle_mp.growth.registry import names
 from elle_mp.growth.width import WidthStrategy
 from elle_mp.models.transformer import Transformer
 from elle_mp.train.optimizer import ShardedAdamW
-from tests.tiny import apply, config_of, grid, logits, model_of, optimizer_of, plan_of, spec_of, text, train
+from tests.tiny import MODELS, apply, config_of, grid, logits, model_of, optimizer_of, plan_of, spec_of, text, train
 
-MODELS: dict[str, dict[str, Any]] = {
-    "bert": {"family": "bert"},
-    "gpt": {"family": "gpt"},
-    "gpt untied": {"family": "gpt", "tied": False},
-    "llama": {"family": "llama", "kv_groups": None},
-    "llama tied": {"family": "llama", "kv_groups": None, "tied": True},
-    "llama GQA": {"family": "llama", "kv_groups": 2},
-    "llama GQA tied": {"family": "llama", "kv_groups": 2, "tied": True},
-}
 WHOLE = {"heads": 8, "mlp": 80, "layers": 4}
 UNEVEN = {"heads": 6, "mlp": 57, "layers": 3}
 EXACT_WIDTHS: dict[str, tuple[tuple[str, ...], bool]] = {

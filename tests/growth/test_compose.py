@@ -21,6 +21,8 @@ from elle_mp.models.transformer import Transformer
 from elle_mp.train.optimizer import ShardedAdamW
 from tests.tiny import (
     FAMILIES,
+    MODELS,
+    PLAIN,
     apply,
     config_of,
     copying_plan_of,
@@ -29,23 +31,17 @@ from tests.tiny import (
     moments,
     optimizer_of,
     plan_of,
+    plans_of,
     scatter_moments,
     spec_of,
     weights,
 )
 
-MODELS: dict[str, dict[str, Any]] = {
-    "bert": {"family": "bert"},
-    "gpt": {"family": "gpt"},
-    "gpt untied": {"family": "gpt", "tied": False},
-    "llama": {"family": "llama", "kv_groups": None},
-    "llama GQA tied": {"family": "llama", "kv_groups": 2, "tied": True},
-}
+CHAINED = ("bert", "gpt", "gpt untied", "llama", "llama GQA tied")
 TWO = {"heads": 8, "mlp": 80, "layers": 4}
 FOUR = {"heads": 16, "mlp": 160, "layers": 8}
 FIVE = {"heads": 5, "mlp": 57, "layers": 3}
 SEVEN = {"heads": 7, "mlp": 131, "layers": 5}
-PLAIN: dict[str, Any] = {"noise_db": None, "rate": "mup"}
 
 
 def stateful(name: str, **changes: Any) -> tuple[Transformer, ShardedAdamW]:
@@ -54,17 +50,6 @@ def stateful(name: str, **changes: Any) -> tuple[Transformer, ShardedAdamW]:
     optimizer = optimizer_of(old)
     scatter_moments(old, optimizer, seed=5, step=9)
     return old, optimizer
-
-
-def plans(name: str, *grows: dict[str, int], **growth: Any) -> list[GrowthPlan]:
-    """One plan after the other."""
-    spec, sizes = spec_of(**MODELS[name]), config_of(**MODELS[name]).model
-    out = []
-    for grow in grows:
-        plan, sizes = copying_plan_of(spec, sizes, grow, **PLAIN | growth)
-        spec = plan.new
-        out.append(plan)
-    return out
 
 
 def everything(model: Transformer, optimizer: ShardedAdamW) -> dict[str, Tensor]:
@@ -98,18 +83,18 @@ def check_composed(name: str, chain: list[GrowthPlan], tolerance: float) -> Grow
     return whole
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CHAINED)
 def test_doubling_twice_is_the_plan_for_four_times_bit_for_bit(name: str) -> None:
     """Powers of two divide without rounding; layers, gates, weights and moments included."""
     groups = {"kv_groups": 4} if "GQA" in name else {}
-    two, four = plans(name, TWO | groups, FOUR | groups)
+    two, four = plans_of(name, TWO | groups, FOUR | groups)
     whole = check_composed(name, [two, four], 0)
-    (direct,) = plans(name, FOUR | groups)
+    (direct,) = plans_of(name, FOUR | groups)
     assert whole.to_json() == direct.to_json()
     assert whole.exact and whole.width == "replicate"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", CHAINED)
 def test_uneven_growths_compose_to_a_map_that_no_single_plan_has(name: str) -> None:
     """4 to 5 to 7: the floor of a floor is not the floor map, and some norms weigh their statistics twice."""
     groups = {"llama": (5, 7), "llama GQA tied": (3, 4)}.get(name)
@@ -118,18 +103,18 @@ def test_uneven_growths_compose_to_a_map_that_no_single_plan_has(name: str) -> N
         first, last = ({**grow, "kv_groups": count} for grow, count in zip((FIVE, SEVEN), groups, strict=True))
     if "GQA" in name:
         first, last = first | {"heads": 6}, last | {"heads": 8}
-    whole = check_composed(name, plans(name, first, last), 1e-14)
+    whole = check_composed(name, plans_of(name, first, last), 1e-14)
     assert whole.exact and whole.width == ("iso" if "llama" in name else "weighted")
     twice, once = floor_map(4, 5).then(floor_map(5, 7)), floor_map(4, 7)
     assert twice.index.tolist() == [0, 0, 0, 1, 1, 2, 3] and once.index.tolist() == [0, 0, 1, 1, 2, 2, 3]
-    (direct,) = plans(name, last)
+    (direct,) = plans_of(name, last)
     assert whole.to_json()["maps"] != direct.to_json()["maps"]
     assert whole.layer_source == (0, 0, 0, 0, 1) and direct.layer_source == (0, 0, 0, 1, 1)
     assert all(getattr(whole.new, size) == getattr(direct.new, size) for size in SIZES)
 
 
 def test_three_growths_with_a_strategy_each() -> None:
-    chain = plans("gpt", {"heads": 5}, {"heads": 6, "layers": 3}, width="weighted")
+    chain = plans_of("gpt", {"heads": 5}, {"heads": 6, "layers": 3}, width="weighted")
     last, _ = plan_of(chain[-1].new, config_of("gpt", heads=6, layers=3).model, {"mlp": 57}, **PLAIN, width="replicate")
     whole = check_composed("gpt", [*chain, last], 1e-14)
     assert whole.width == "weighted+replicate" and whole.summary()["exact"]
@@ -139,7 +124,7 @@ def test_three_growths_with_a_strategy_each() -> None:
 @pytest.mark.parametrize("name", ["bert", "gpt", "llama"])
 def test_every_way_to_treat_moments_composes(name: str, moments_name: str) -> None:
     groups = {"kv_groups": 8} if name == "llama" else {}
-    chain = plans(name, TWO | groups, {"layers": 5, "mlp": 93}, moments=moments_name)
+    chain = plans_of(name, TWO | groups, {"layers": 5, "mlp": 93}, moments=moments_name)
     check_composed(name, chain, 1e-14)
 
 
@@ -157,14 +142,14 @@ def test_every_way_to_treat_moments_composes(name: str, moments_name: str) -> No
     ],
 )
 def test_other_strategies_that_compose(name: str, growth: dict[str, str], chain: list[dict[str, int]]) -> None:
-    whole = check_composed(name, plans(name, *chain, **growth), 1e-14)
+    whole = check_composed(name, plans_of(name, *chain, **growth), 1e-14)
     inexact = {*growth.values()} & {"sparkling", "stack", "interleave", "solar", "elle", "affine_migrate"}
     assert whole.exact is not bool(inexact)
 
 
 def test_rates_of_two_growths_are_those_of_the_composed_one() -> None:
     for name in ("bert", "gpt", "llama"):
-        chain = plans(name, {"heads": 5, "mlp": 57}, {"heads": 7, "mlp": 131, "layers": 3})
+        chain = plans_of(name, {"heads": 5, "mlp": 57}, {"heads": 7, "mlp": 131, "layers": 3})
         twice, once = factors_of(chain, declarations), factors_of([chain[0].then(chain[1])], declarations)
         assert list(twice) == list(once)
         for key, found in once.items():

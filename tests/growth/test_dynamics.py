@@ -22,6 +22,8 @@ from elle_mp.train.optimizer import ShardedAdamW
 from tests.growth.oracle import Growth
 from tests.tiny import (
     FAMILIES,
+    MODELS,
+    PLAIN,
     apply,
     config_of,
     copying_plan_of,
@@ -42,14 +44,7 @@ OPTIM = OptimConfig(lr=3e-3, eps=1e-5, weight_decay=0.1, clip=0)
 STEPS = 15
 LEARNS, RESTS = After(), After(new_factor=0.0)
 
-MODELS: dict[str, dict[str, Any]] = {
-    "bert": {"family": "bert"},
-    "gpt": {"family": "gpt"},
-    "gpt untied": {"family": "gpt", "tied": False},
-    "llama": {"family": "llama", "kv_groups": None},
-    "llama tied": {"family": "llama", "kv_groups": None, "tied": True},
-    "llama GQA": {"family": "llama", "kv_groups": 2},
-}
+GROWN = ("bert", "gpt", "gpt untied", "llama", "llama tied", "llama GQA")
 
 FOLLOWED: dict[str, list[dict[str, int]]] = {
     "uneven": [{"heads": 6, "mlp": 57}],
@@ -87,7 +82,7 @@ class Training:
 
     def grown(self, grow: dict[str, int], **growth: Any) -> Training:
         """The larger model; its optimizer has the rates of all its growths. This one stays as it is."""
-        plan, sizes = copying_plan_of(self.model.spec, self.sizes, grow, **{"noise_db": None, "rate": "mup"} | growth)
+        plan, sizes = copying_plan_of(self.model.spec, self.sizes, grow, **PLAIN | growth)
         assert plan.exact
         larger = empty_model(plan.new, self.model.grid, Precision(torch.float64, torch.float64))
         lineage = (*self.lineage, plan)
@@ -113,8 +108,9 @@ def apart(one: Sequence[float], other: Sequence[float]) -> float:
 
 def check_weights(larger: Training, wanted: Training) -> None:
     """Every weight and moment of one model against another's."""
+    got_weights = weights(larger.model)
     for name, value in weights(wanted.model).items():
-        assert (weights(larger.model)[name] - value).abs().max() < 1e-8, name
+        assert (got_weights[name] - value).abs().max() < 1e-8, name
     for name, state in wanted.optimizer.moments.items():
         got = larger.optimizer.moments[name]
         assert float(got.step) == float(state.step), name
@@ -122,7 +118,7 @@ def check_weights(larger: Training, wanted: Training) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("model_name", GROWN)
 @pytest.mark.parametrize("grow", [GROW, {"heads": 8, "mlp": 80}], ids=["any width", "doubled"])
 def test_gradients_of_copies_are_r_times_the_source_s(model_name: str, grow: dict[str, int]) -> None:
     """``G' = r G``: a wrong scale anywhere in forward or backward shows here."""
@@ -141,7 +137,7 @@ def test_gradients_of_copies_are_r_times_the_source_s(model_name: str, grow: dic
 
 
 @pytest.mark.parametrize("how", FOLLOWED)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", GROWN)
 def test_training_follows_the_model_that_did_not_grow(name: str, how: str) -> None:
     """Growing and then stepping is stepping and then growing, through as many growths as there are.
 

@@ -12,6 +12,7 @@ from elle_mp.models.transformer import Transformer
 from elle_mp.train.optimizer import ShardedAdamW
 from tests.growth.oracle import Growth
 from tests.tiny import (
+    MODELS,
     apply,
     config_of,
     copying_plan_of,
@@ -27,16 +28,6 @@ from tests.tiny import (
     train,
     weights,
 )
-
-MODELS: dict[str, dict[str, Any]] = {
-    "bert": {"family": "bert"},
-    "gpt": {"family": "gpt"},
-    "gpt untied": {"family": "gpt", "tied": False},
-    "llama": {"family": "llama", "kv_groups": None},
-    "llama tied": {"family": "llama", "kv_groups": None, "tied": True},
-    "llama GQA": {"family": "llama", "kv_groups": 2},
-    "llama GQA tied": {"family": "llama", "kv_groups": 2, "tied": True},
-}
 
 # heads: the width follows; (4, 2 groups) may also grow its groups.
 GROWTHS: dict[str, dict[str, int]] = {
@@ -223,8 +214,9 @@ def test_iso_composes_to_rounding() -> None:
     whole, _ = plan_of(old.spec, sizes, {"heads": 16}, **growth)
     direct, _, _ = apply(whole, old, optimizer.moments)
     assert rest.new.norm_eps == pytest.approx(whole.new.norm_eps, rel=1e-14)
+    got = weights(two)
     for name, weight in weights(direct).items():
-        torch.testing.assert_close(weights(two)[name], weight, rtol=1e-14, atol=0)
+        torch.testing.assert_close(got[name], weight, rtol=1e-14, atol=0)
 
 
 def plan_with(model: str, grow: dict[str, int], **growth: Any) -> GrowthPlan:

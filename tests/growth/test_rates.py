@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from functools import reduce
 from math import prod
-from typing import Any
 
 import pytest
 import torch
@@ -21,32 +20,27 @@ from elle_mp.growth.width import WidthStrategy
 from elle_mp.models.declarations import declarations
 from elle_mp.train.optimizer import ShardedAdamW
 from tests.growth.oracle import Growth
-from tests.tiny import apply, config_of, copying_plan_of, grid, model_of, optimizer_of, spec_of, text, weights
+from tests.tiny import (
+    MODELS,
+    apply,
+    config_of,
+    copying_plan_of,
+    grid,
+    model_of,
+    optimizer_of,
+    plans_of,
+    spec_of,
+    text,
+    weights,
+)
 
-MODELS: dict[str, dict[str, Any]] = {
-    "bert": {"family": "bert"},
-    "gpt": {"family": "gpt"},
-    "gpt untied": {"family": "gpt", "tied": False},
-    "llama GQA": {"family": "llama", "kv_groups": 2},
-    "llama tied": {"family": "llama", "kv_groups": None, "tied": True},
-}
-PLAIN: dict[str, Any] = {"noise_db": None, "rate": "mup"}
+RATED = ("bert", "gpt", "gpt untied", "llama GQA", "llama tied")
 
 
 @pytest.fixture(autouse=True)
 def one_rank() -> None:
     """Declarations are those of a model, and a model lies on a grid."""
     grid()
-
-
-def planned(name: str, *grows: dict[str, int], **growth: Any) -> list[GrowthPlan]:
-    spec, sizes = spec_of(**MODELS[name]), config_of(**MODELS[name]).model
-    out = []
-    for grow in grows:
-        plan, sizes = copying_plan_of(spec, sizes, grow, **PLAIN | growth)
-        spec = plan.new
-        out.append(plan)
-    return out
 
 
 def entries(values: tuple[Tensor | None, ...], shape: tuple[int, ...]) -> Tensor:
@@ -60,9 +54,9 @@ def shapes(plan: GrowthPlan) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("grow", [{"heads": 6, "mlp": 57}, {"heads": 12, "mlp": 80}], ids=["uneven", "whole"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", RATED)
 def test_mup_is_the_scale_for_the_rate_and_its_share_for_epsilon(name: str, grow: dict[str, int]) -> None:
-    (plan,) = planned(name, grow)
+    (plan,) = plans_of(name, grow)
     tables = Growth(plan.old, plan.new, plan.width == "iso")
     found = factors_of([plan], declarations)
     assert set(found) == set(shapes(plan))
@@ -74,7 +68,7 @@ def test_mup_is_the_scale_for_the_rate_and_its_share_for_epsilon(name: str, grow
 
 @pytest.mark.parametrize("rate", ["keep", "rewarm", "asym_rewarm"])
 def test_only_mup_changes_rates_for_good(rate: str) -> None:
-    (plan,) = planned("gpt", {"heads": 6, "layers": 3}, rate=rate)
+    (plan,) = plans_of("gpt", {"heads": 6, "layers": 3}, rate=rate)
     found = factors_of([plan], declarations)
     assert all(item is None for factors in found.values() for item in (*factors.rate, *factors.eps))
     assert any(item is not None for factors in found.values() for item in factors.old)
@@ -82,7 +76,7 @@ def test_only_mup_changes_rates_for_good(rate: str) -> None:
 
 def test_rates_outlast_a_growth_that_keeps_them() -> None:
     """The second growth has another rate strategy: the first one's factors follow the copies and stay."""
-    (first,) = planned("gpt", {"heads": 8, "mlp": 80})
+    (first,) = plans_of("gpt", {"heads": 8, "mlp": 80})
     second, _ = copying_plan_of(
         first.new, config_of("gpt", heads=8, mlp=80).model, {"heads": 12}, noise_db=None, rate="keep"
     )
@@ -94,7 +88,7 @@ def test_rates_outlast_a_growth_that_keeps_them() -> None:
 
 
 def test_factors_of_successive_growths_multiply() -> None:
-    lineage = planned("gpt", {"heads": 8}, {"heads": 16, "mlp": 320})
+    lineage = plans_of("gpt", {"heads": 8}, {"heads": 16, "mlp": 320})
     found = factors_of([GrowthPlan.from_json(json.loads(json.dumps(plan.to_json()))) for plan in lineage], declarations)
     name = "layers.1.mlp.out_weight"  # read from 40, then 320 units; written to 32, 64, 128 channels
     assert entries(found[name].rate, shapes(lineage[1])[name]).unique().tolist() == [1 / 8]
@@ -108,7 +102,7 @@ def test_the_old_entries_are_as_many_as_the_old_model_has(name: str, width: str)
     """Each old entry stands at one place of the new parameter; all else is new, and what is no copy has rates of 1."""
     heads = 8 if width in ("replicate", "blockdiag") else 6
     try:
-        (plan,) = planned(name, {"heads": heads, "mlp": 57, "layers": 3}, width=width)
+        (plan,) = plans_of(name, {"heads": heads, "mlp": 57, "layers": 3}, width=width)
     except UserError:
         assert (name, width) in {
             ("bert", "iso"), ("bert", "lemon"), ("bert", "zero_pad"), ("gpt", "iso"), ("gpt", "zero_pad"),
@@ -130,7 +124,7 @@ def test_the_old_entries_are_as_many_as_the_old_model_has(name: str, width: str)
 
 
 def test_what_is_no_copy_trains_at_the_plain_rate() -> None:
-    (plan,) = planned("llama tied", {"heads": 6}, width="zero_pad")
+    (plan,) = plans_of("llama tied", {"heads": 6}, width="zero_pad")
     rates = factors_of([plan], declarations)["layers.0.attention.qkv_weight"].rate[1]
     assert rates is None  # old channels are read as before, new ones are free
 
@@ -139,7 +133,7 @@ def test_what_is_no_copy_trains_at_the_plain_rate() -> None:
 def test_frozen_old_entries_rest_and_everything_else_learns(name: str, grow: dict[str, int]) -> None:
     """The knowledge of the old model lies in entries that no step touches; then they learn too."""
     old = model_of(spec_of(**MODELS[name]), grid())
-    (plan,) = planned(name, grow, rate="keep")
+    (plan,) = plans_of(name, grow, rate="keep")
     new, _, _ = apply(plan, old, optimizer_of(old).moments)
     factors = factors_of([plan], declarations)
     optimizer = ShardedAdamW(new, OptimConfig(lr=1e-2), factors)
