@@ -7,19 +7,22 @@ import functools
 import json
 import os
 import random
-import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
 import yaml
+
+from tests.shared_work import made_once
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("program.py")
@@ -29,6 +32,8 @@ TIMINGS = ("seconds", "tokens_per_second", "mfu")
 """What two runs of the same configuration may differ in."""
 COMMUNICATION = "bytes_communicated"
 """What two layouts may differ in besides."""
+PORTS = 20
+"""How many ports a process has for its runs."""
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmn" for vowel in "aeio"]
 
 
@@ -110,10 +115,20 @@ def command(*arguments: str, ranks: int = 1, strike: str | None = None) -> list[
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """A port that nobody listens on. It is one of a few of this process's own, and below those that the system hands
+    out: another test that runs at the same time will not take it before it is used."""
+    for port in islice(ports(), PORTS):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"none of {PORTS} ports is free")
+
+
+@functools.cache
+def ports() -> Iterator[int]:
+    """This process's ports, in turn."""
+    first = 10_000 + os.getpid() % 1100 * PORTS
+    return cycle(range(first, first + PORTS))
 
 
 def start(arguments: Sequence[str], **streams: Any) -> subprocess.Popen[str]:
@@ -210,14 +225,12 @@ def succeed(config: Path, *overrides: str, ranks: int = 1, strike: str | None = 
 def reference(family: str, **changes: Any) -> Path:
     """The run directory of an uninterrupted run in one process, made once for all tests; its text lies beside it.
 
-    ``changes`` are keys of the top level. bert has dropout, so that one family shows that masks do not depend on
-    the layout.
+    ``changes`` are keys of the top level, their values plain. bert has dropout, so that one family shows that masks do
+    not depend on the layout.
     """
-    folder = Path(tempfile.mkdtemp(prefix=f"elle-{family}-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     extra: dict[str, Any] = {"model": {"dropout": 0.1}} if family == "bert" else {}
-    succeed(write_stream(folder, family, **extra, **changes))
-    return folder / "run"
+    name = "-".join((family, *(f"{key}={value}" for key, value in changes.items())))
+    return made_once(name, lambda folder: succeed(write_stream(folder, family, **extra, **changes))) / "run"
 
 
 def config_of(run_dir: Path) -> Path:
