@@ -25,6 +25,8 @@ class Manifest:
     serial: int
     permanent: bool
     files: FileEntries
+    ranks: int | None = None
+    """How many wrote it; ``None`` if it was written before that was noted."""
 
 
 class DamagedError(UserError):
@@ -51,7 +53,9 @@ def read_manifest(folder: Path) -> Manifest:
         version = content["format"]
         if version != FORMAT:
             raise UserError(f"{path}: format {version}; this elle_mp reads format {FORMAT}")
-        return Manifest(content["meta"], content["serial"], content["permanent"], content["files"])
+        return Manifest(
+            content["meta"], content["serial"], content["permanent"], content["files"], content.get("ranks")
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{path} is damaged") from error
 

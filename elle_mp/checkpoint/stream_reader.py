@@ -28,11 +28,14 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from elle_mp.checkpoint.manifest import DamagedError, check_hash, check_sizes
+from elle_mp.checkpoint.stream_writer import blocks
 from elle_mp.data.files import file_errors
 from elle_mp.errors import UserError
 from elle_mp.ops.random import Bounds
 
 _SCRATCH = 4 << 20  # bytes of the rows of which only some columns are wanted, or that go into wider rows
+_SEEK = 16 << 10  # bytes of a row that are worth a read of their own: what lies between them is not read
+_STEP = 16 << 20  # bytes that are read at a time to be converted or sent to a device
 _SMALL = 64 << 10  # a chunk up to this size is fetched at once to look at its zip
 _LOCAL_HEADER = 30  # bytes of a zip's local header before the name; the two lengths are its last four
 
@@ -134,15 +137,36 @@ class StoredTensors:
             UserError: there is no such tensor, or a file is cut short, damaged or cannot be read; names the file.
             ValueError: the bounds do not lie in the tensor.
         """
+        self._check_bounds(name, bounds)
+        result = torch.empty([high - low for low, high in bounds], dtype=self.tensors[name][1])
+        self._fill(name, bounds, result)
+        return result
+
+    def read_into(self, name: str, bounds: Bounds, target: Tensor) -> None:
+        """:meth:`read` into memory that is there, of any strides, device and kind of number.
+
+        Where the bytes cannot go straight into the target, 16 MiB of them (or one value) are held at a time.
+        """
+        self._check_bounds(name, bounds)
+        dtype = self.tensors[name][1]
+        if target.device.type == "cpu" and target.dtype == dtype:
+            self._fill(name, bounds, target)
+            return
+        for block in blocks(target.shape, dtype.itemsize, _STEP):
+            part = tuple((start + low, start + high) for (start, _), (low, high) in zip(bounds, block, strict=True))
+            target[tuple(slice(low, high) for low, high in block)].copy_(self.read(name, part))
+
+    def _check_bounds(self, name: str, bounds: Bounds) -> None:
         if name not in self.tensors:
             raise UserError(f"{self.folder} holds no tensor {name}")
-        shape, dtype = self.tensors[name]
+        shape, _ = self.tensors[name]
         if len(bounds) != len(shape) or any(
             not 0 <= low <= high <= size for (low, high), size in zip(bounds, shape, strict=False)
         ):
             raise ValueError(f"no block {bounds} in {name} {list(shape)}")
-        result = torch.empty([high - low for low, high in bounds], dtype=dtype)
-        missing = result.numel()
+
+    def _fill(self, name: str, bounds: Bounds, target: Tensor) -> None:
+        missing = target.numel()
         for chunk in self._chunks[name].near(bounds) if missing else ():
             both = tuple(
                 (max(low, offset), min(high, offset + size))
@@ -154,11 +178,10 @@ class StoredTensors:
                 slice(low - start, high - start) for (low, high), (start, _) in zip(both, bounds, strict=True)
             )
             part = tuple((low - start, high - start) for (low, high), start in zip(both, chunk.offsets, strict=True))
-            _read_chunk(chunk, part, result[place])
+            _read_chunk(chunk, part, target[place])
             missing -= prod(high - low for low, high in both)
         if missing > 0:
             raise DamagedError(f"{self.folder} does not hold all of tensor {name}")
-        return result
 
     def _stored(self, name: str, item: TensorStorageMetadata, places: Mapping[MetadataIndex, Any]) -> list[_Chunk]:
         chunks = []
@@ -244,7 +267,8 @@ def _read_rows(file: _File, start: int, sizes: tuple[int, ...], part: Bounds, ta
     if whole_rows and target.is_contiguous():
         file.fill(_bytes_of(target), start + low * row_bytes)
         return
-    if row_bytes > _SCRATCH and rest:
+    wanted_bytes = prod(last - first for first, last in rest) * target.element_size()
+    if rest and (row_bytes > _SCRATCH or wanted_bytes >= _SEEK):
         for row in range(low, high):
             _read_rows(file, start + row * row_bytes, sizes[1:], rest, target[row - low])
         return

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from elle_mp import __version__
-from elle_mp.cli import data
+from elle_mp.cli import checkpoint, data
 from elle_mp.cli.doctor import doctor
 from elle_mp.cli.evaluate import evaluate
 from elle_mp.cli.grow import grow
@@ -51,6 +51,7 @@ def options(
 app.command()(pretrain)
 app.command()(grow)
 app.command()(evaluate)
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
 app.command()(doctor)
 
