@@ -243,7 +243,8 @@ class ParallelConfig(Section):
     offload: bool = False
     """Keep DeepSpeed's optimizer state in the host's memory and update it there."""
     reshard_after_forward: bool = True
-    """Free gathered parameters between forward and backward (saves memory, gathers twice)."""
+    """Free gathered parameters between forward and backward (saves memory, gathers twice); ``zero_bubble`` and ``zbv``
+    always keep them."""
     world_size: Positive | None = None
     """Ranks that ``pretrain --dry-run`` counts with; a run counts those that it has."""
 

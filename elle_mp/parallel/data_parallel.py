@@ -31,7 +31,10 @@ def shard(
         cast_forward_inputs=False,
     )
     # A rank that holds everything has nothing to free: gathering again would only copy.
-    reshard = reshard and grid.size("shard") > 1
+    # Zero-bubble schedules take the gradients of weights later, by the parameters that are in place then: the gathered
+    # ones have to stay there.
+    split_backward = grid.size("pp") > 1 and grid.parallel.schedule in ("zero_bubble", "zbv")
+    reshard = reshard and grid.size("shard") > 1 and not split_backward
     for block in blocks:
         fully_shard(block, mesh=grid.fsdp_mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=grid.fsdp_mesh, mp_policy=policy, reshard_after_forward=False)

@@ -80,7 +80,7 @@ CASES = {
     "llama, zero bubble": ("llama", {"pp": 2, "schedule": "zero_bubble"}, 0.0),
     "gpt, three": ("gpt", {"pp": 3}, 0.0),
     "llama, tp2": ("llama", {"pp": 2, "tp": 2}, 0.1),
-    "bert, dp_shard2": ("bert", {"pp": 2, "dp_shard": 2}, 0.0),
+    "bert, dp_shard2": ("bert", {"pp": 2, "dp_shard": 2, "schedule": "zero_bubble"}, 0.0),
     "gpt, dp_replicate2": ("gpt", {"pp": 2, "dp_replicate": 2}, 0.0),
     "gpt, tp2 x dp_shard2": ("gpt", {"pp": 2, "tp": 2, "dp_shard": 2, "schedule": "zbv"}, 0.1),
 }
