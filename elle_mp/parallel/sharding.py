@@ -45,7 +45,8 @@ class ShardedModule(nn.Module):
         if cut is not None:
             local[cut] //= self.grid.tp_size
         parameter = torch.empty(local, dtype=self.dtype, device="meta")
-        if self.grid.mesh is not None:
+        # DeepSpeed shards plain tensors, each of which is what tensor parallelism leaves to this rank.
+        if self.grid.mesh is not None and self.grid.parallel.engine == "fsdp":
             parameter = DTensor.from_local(
                 parameter,
                 self.grid.tp_mesh,
@@ -128,9 +129,10 @@ def shard_bounds(spec: ParamSpec, shape: tuple[int, ...], tp: tuple[int, int], s
 
 
 def my_bounds(spec: ParamSpec, shape: tuple[int, ...], grid: Grid) -> Bounds:
-    """:func:`shard_bounds` of this rank."""
+    """:func:`shard_bounds` of this rank; under DeepSpeed, of the parameter that it computes with."""
     tp = (grid.tp_rank, grid.tp_size)
-    return shard_bounds(spec, shape, tp, (grid.rank("shard"), grid.size("shard")))
+    shard = (grid.rank("shard"), grid.size("shard")) if grid.parallel.engine == "fsdp" else (0, 1)
+    return shard_bounds(spec, shape, tp, shard)
 
 
 def copies_of(model: nn.Module) -> dict[str, str]:
