@@ -8,7 +8,7 @@ from threading import Thread
 
 import torch
 
-from elle_mp.checkpoint.shards import Piece
+from elle_mp.checkpoint.shards import Piece, Place
 from elle_mp.errors import UserError
 
 _ALIGNMENT = 64  # bytes; of each block in the staging memory
@@ -75,11 +75,12 @@ class Staging:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._blocks: list[Piece] = []
+        self._places: list[Place] = []
 
     def reserve(self, size: int, pinned: bool) -> None:
         """Has at least ``size`` bytes, every page of them touched."""
         if self._memory.nbytes < size or (pinned and not self._memory.is_pinned()):
-            self._blocks = []
+            self._blocks, self._places = [], []
             self._memory = torch.empty(0, dtype=torch.uint8)  # the old memory first: both may not fit
             self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
             if not pinned:
@@ -90,8 +91,9 @@ class Staging:
     def hold(self, pieces: Sequence[Piece]) -> list[Piece]:
         """Copies of blocks; they live until the next call."""
         self.reserve(staging_size(pieces), come_from_gpu(pieces))
-        if [piece.place for piece in self._blocks] != [piece.place for piece in pieces]:
-            self._blocks = self._cut(pieces)
+        places = [piece.place for piece in pieces]
+        if self._places != places:
+            self._blocks, self._places = self._cut(pieces), places
         sources = [piece.values for piece in pieces]
         if sources:
             torch._foreach_copy_([piece.values for piece in self._blocks], sources, non_blocking=True)
