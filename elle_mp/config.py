@@ -138,8 +138,8 @@ class GrowthConfig(Section):
     """How the model grows between domains (growth.md)."""
 
     width: str = "auto"
-    """How embed, heads and MLP units are mapped. ``auto``: ``replicate`` for a whole multiple of the width, else
-    ``iso`` (llama), ``lemon`` (gpt) or ``weighted`` (bert, and norms that are weighted already). Exact:
+    """How embed, heads and MLP units are mapped. ``auto``: ``zero_pad`` (llama); otherwise ``replicate`` for a whole
+    multiple of the width, else ``lemon`` (gpt) or ``weighted`` (bert, and norms that are weighted already). Exact:
     ``replicate``, ``weighted``, ``iso``, ``lemon``, ``zero_pad``, ``blockdiag``. Not exact, and accepted by their name:
     ``sparkling`` (exact for whole multiples), ``aki``, ``elle`` (the paper's random maps and copy noise)."""
     depth: str = "auto"
@@ -265,6 +265,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; phases end with one too."""
     keep: Positive = 2
     """How many of them stay; those at the end of a stage always do."""
+    background: bool = True
+    """Copy what is saved and write it while training goes on; takes as much host memory as a rank's part of it."""
 
 
 class EvalConfig(Section):

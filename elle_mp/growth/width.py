@@ -274,11 +274,13 @@ class Elle(WidthStrategy):
 def automatic(old: ModelSpec, new: ModelSpec) -> str:
     """The strategy that ``growth.width: auto`` takes: exact for the family and the sizes.
 
-    Where both ``lemon`` and ``weighted`` are exact it is ``lemon``, which learns faster afterwards
-    (benchmarks/results/growth-study-2026-11-25.md) and leaves ordinary norms.
+    Where several are exact it is the one that learns fastest afterwards
+    (benchmarks/results/growth-study-2026-11-25.md): ``zero_pad`` under RMSNorm, ``lemon`` before ``weighted``.
     """
+    if old.rms_norm:
+        return "zero_pad"
     if new.embed % old.embed == 0:
         return "replicate"
-    if old.pre_norm and not old.rms_norm and not old.weighted_norms:
+    if old.pre_norm and not old.weighted_norms:
         return "lemon"
     return _exact_instead(old)

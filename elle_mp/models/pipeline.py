@@ -97,9 +97,12 @@ LanguageModel: TypeAlias = Transformer | Pipeline
 
 
 def stage_parts(spec: ModelSpec, grid: Grid) -> tuple[Part, ...]:
-    """What each pipeline stage of a layout holds of a model, in order."""
+    """What each pipeline stage of a layout holds of a model, in order.
+
+    A split that is given is that of the stage's own model; the one before it, about to grow, has fewer layers.
+    """
     split = grid.parallel.split
-    if split == "estimated":
+    if split == "estimated" or sum(split) != spec.layers:
         split = balanced(spec.layers, grid.pipeline_stages, 0.0, head_layers(spec))
     return parts_of(split)
 

@@ -48,6 +48,11 @@ class Grid:
         return self.mesh is None or self.mesh.get_coordinate() is not None
 
     @property
+    def members(self) -> range:
+        """The ranks that have a place."""
+        return range(prod(self.size(axis) for axis in MESH_AXES))
+
+    @property
     def tp_mesh(self) -> DeviceMesh:
         return self._mesh["tp"]
 

@@ -34,14 +34,13 @@ def parts_of(sizes: Sequence[int]) -> tuple[Part, ...]:
 def balanced(layers: int, stages: int, first: float, last: float) -> tuple[int, ...]:
     """Layers of each stage so that the most expensive one is as cheap as can be; every stage has at least one.
 
+    With fewer layers than stages (a model that is about to grow) the last stages have none.
+
     Args:
         first, last: cost of the embeddings and of the head, in layers.
-
-    Raises:
-        ValueError: there are fewer layers than stages.
     """
     if layers < stages:
-        raise ValueError(f"{layers} layers for {stages} pipeline stages")
+        return (1,) * layers + (0,) * (stages - layers)
     if stages == 1:
         return (layers,)
     extra = [first, *[0.0] * (stages - 2), last]

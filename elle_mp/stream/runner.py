@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from elle_mp.checkpoint.agreement import background_group
 from elle_mp.checkpoint.store import CheckpointStore
 from elle_mp.config import Config, OptimConfig
 from elle_mp.errors import UserError
@@ -64,14 +66,25 @@ class StreamRunner:
         Returns:
             False when a signal asked to stop before: the run is saved and can be resumed.
         """
-        with StopRequest() as stop:
+        with StopRequest() as stop, self._closing_store():
             while self.state.phase != DONE:
                 self._change_layout()
                 asked = self._run_stage(stop) if self.grid.active else False
+                self.store.wait()
                 self.state, asked = self.waiting_room.meet(self.grid, self.state, asked)
+                self.saved_at = self.state.global_step
                 if asked and self.state.phase != DONE:
                     return False
         return True
+
+    @contextmanager
+    def _closing_store(self) -> Iterator[None]:
+        """A run that ends by an error of its own lets a save in the background end first."""
+        try:
+            yield
+        except UserError:
+            self.store.close()
+            raise
 
     def _run_stage(self, stop: StopRequest) -> bool:
         """Goes on to the end of the stage, or until asked to stop, which is what it returns."""
@@ -110,6 +123,8 @@ class StreamRunner:
     def _layout(self, stage: int) -> None:
         self.stage_of_layout = stage
         self.grid: Grid = make_grid(self.config.stage_parallel(stage), self.device)
+        aside = background_group(self.grid.members) if self.config.checkpoint.background else None
+        self.store = CheckpointStore(self.store.folder, self.grid.everyone, aside)
 
     def _make(self, spec: ModelSpec) -> None:
         parallel = self.config.stage_parallel(self.stage_of_layout)
@@ -148,8 +163,13 @@ class StreamRunner:
             "model": self.model.spec.to_json(),
             "tokenizer": self.domains.tokenizer.fingerprint,
         }
-        self.store.save(name, self._tensors(), meta, permanent)
-        self.store.prune(self.config.checkpoint.keep)
+        keep = self.config.checkpoint.keep
+        # Results are told of a stage whose checkpoint is complete: that one is waited for.
+        if self.config.checkpoint.background and not permanent:
+            self.store.save_async(name, self._tensors(), meta, permanent, keep)
+        else:
+            self.store.save(name, self._tensors(), meta, permanent)
+            self.store.prune(keep)
         self.saved_at = self.state.global_step
 
     # Stages
@@ -207,6 +227,8 @@ class StreamRunner:
         trainer = Trainer(self.model, self.optimizer, batch.micro, config.run.seed)
         flops = training_flops_per_token(self.model.spec) * self.model.spec.positions * batch.global_
         domain = config.stream[stage].domain
+        if config.checkpoint.background:
+            self.store.prepare(self._tensors())
         with self._progress(stage, phase, domain, steps):
             while state.step < steps:
                 began = time.perf_counter()
@@ -229,6 +251,7 @@ class StreamRunner:
                 if result.stop or state.step == steps:
                     on_first_rank(self._tell_trouble, self.grid.everyone)
                 if result.stop:
+                    self.store.wait()  # perhaps it is why all stop
                     return True
         return False
 
@@ -271,7 +294,7 @@ class StreamRunner:
             self.trouble = error
 
     def _must_stop(self, stop: StopRequest) -> bool:
-        return stop() or self.trouble is not None
+        return stop() or self.trouble is not None or self.store.failed
 
     def _tell_trouble(self) -> None:
         if self.trouble is not None:

@@ -63,7 +63,7 @@ def test_killed_anywhere_it_ends_the_same(tmp_path: Path) -> None:
 def test_what_growth_leaves_to_the_optimizer_survives_kills(tmp_path: Path) -> None:
     """Rates and epsilons of each entry, what is old, and since when: all follow from the lineage in the checkpoint."""
     growth = {"rate": "mup", "freeze_old": 4, "width": "weighted"}
-    config = write_stream(tmp_path, "gpt", growth=growth, checkpoint={"every": 2})
+    config = write_stream(tmp_path, "gpt", growth=growth, checkpoint={"every": 2, "background": False})
     whole, folder = tmp_path / "run", tmp_path / "killed"
     succeed(config)
     for place in ("grew=1", "step=4", "grew=1"):  # before, and after the first save that is grown
