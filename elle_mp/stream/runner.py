@@ -23,7 +23,7 @@ from elle_mp.models.pipeline import LanguageModel
 from elle_mp.models.spec import ModelSpec
 from elle_mp.observe.journal import Journal, Place
 from elle_mp.parallel.agreement import on_first_rank
-from elle_mp.parallel.mesh import Grid, make_grid
+from elle_mp.parallel.mesh import AXES, Grid, make_grid
 from elle_mp.parallel.sharding import copies_of, initialise
 from elle_mp.stream.domains import RECOVER, TRAIN, Domains
 from elle_mp.stream.evaluation import perplexity
@@ -79,10 +79,10 @@ class StreamRunner:
 
     @contextmanager
     def _closing_store(self) -> Iterator[None]:
-        """A run that ends by an error of its own lets a save in the background end first."""
+        """A run that ends by an error lets a save in the background end first: it needs the process group."""
         try:
             yield
-        except UserError:
+        except BaseException:
             self.store.close()
             raise
 
@@ -162,6 +162,7 @@ class StreamRunner:
             "state": self.state.to_json(),
             "model": self.model.spec.to_json(),
             "tokenizer": self.domains.tokenizer.fingerprint,
+            "layout": {axis: self.grid.size(axis) for axis in AXES},
         }
         keep = self.config.checkpoint.keep
         # Results are told of a stage whose checkpoint is complete: that one is waited for.
