@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -38,6 +39,7 @@ def load_deepspeed() -> ModuleType:
             "pip install 'elle-mp[deepspeed]', or parallel.engine=fsdp"
         ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it tells of every engine that is made
+    warnings.filterwarnings("ignore", r".*(all_gather_into|reduce_scatter)_tensor` is deprecated", FutureWarning)
     # Collectives over shared memory are for inference, and compile for a minute when a process group is first used.
     module.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return module
