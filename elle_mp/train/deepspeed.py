@@ -14,8 +14,9 @@ from elle_mp.axes import ParamSpec
 from elle_mp.checkpoint.shards import Blocks
 from elle_mp.config import OptimConfig
 from elle_mp.errors import UserError
-from elle_mp.growth.apply import Moments
+from elle_mp.growth.apply import Moments, Traffic, grow_on_shards
 from elle_mp.growth.factors import After, Factors
+from elle_mp.growth.plan import GrowthPlan
 from elle_mp.models.build import Precision, empty_model
 from elle_mp.models.declarations import declarations
 from elle_mp.models.spec import ModelSpec
@@ -303,6 +304,36 @@ def sharded_twin(optimizer: ZeroAdamW, precision: Precision) -> Transformer:
     if twin.norm_stats is not None and source.norm_stats is not None:
         twin.norm_stats.copy_(source.norm_stats)
     return twin
+
+
+def grow_zero(
+    plan: GrowthPlan,
+    optimizer: ZeroAdamW,
+    optim: OptimConfig,
+    factors: Mapping[str, Factors] | None,
+    precision: Precision,
+) -> tuple[ZeroAdamW, Traffic]:
+    """Applies a plan on FSDP2's shards; ``optimizer`` and its model are released. Collective.
+
+    Returns:
+        The larger model's optimizer (its ``model`` is the model), and what was sent between shards.
+    """
+    small = sharded_twin(optimizer, precision)
+    state = ShardedAdamW(small, optim)
+    optimizer.give_to(small, state.moments)
+    optimizer.release()
+    large = empty_model(plan.new, small.grid, precision.checking)
+    if not isinstance(large, Transformer):
+        raise RuntimeError("a pipeline under DeepSpeed")
+    larger_state = ShardedAdamW(large, optim)
+    traffic = grow_on_shards(plan, small, large, state.moments, larger_state.moments)
+    del small, state
+    model = hollow_model(plan.new, optimizer.grid, precision)
+    if model.norm_stats is not None and large.norm_stats is not None:
+        model.norm_stats.copy_(large.norm_stats)
+    grown = ZeroAdamW(model, optim, factors)
+    grown.take_from(large, larger_state.moments)
+    return grown, traffic
 
 
 class _Handle(torch.optim.Optimizer):

@@ -24,7 +24,7 @@ from elle_mp.models.transformer import IGNORED, Transformer
 from elle_mp.parallel.deepspeed import load_deepspeed
 from elle_mp.parallel.mesh import Grid
 from elle_mp.parallel.sharding import initialise, named_specs
-from elle_mp.train.deepspeed import ZeroAdamW, hollow_model, sharded_twin
+from elle_mp.train.deepspeed import ZeroAdamW, grow_zero, hollow_model, sharded_twin
 from elle_mp.train.optimizer import ShardedAdamW
 from tests.distributed_utils import run_distributed
 from tests.tiny import config_of, grid, moments, plan_of, spec_of, text, weights
@@ -160,6 +160,8 @@ def assert_same_weights(got: Mapping[str, Tensor], want: Mapping[str, Tensor], t
         (2, "bert", "none", {"zero_stage": 1, "tp": 2}),
         (2, "gpt", "none", {"zero_stage": 1, "tp": 2, "sequence_parallel": True}),
         (2, "llama", "none", {"zero_stage": 3, "cp": 2}),
+        (2, "gpt", "none", {"zero_stage": 3, "recompute": "full"}),
+        (2, "bert", "none", {"zero_stage": 2, "recompute": "selective"}),
         (4, "llama", "entries", {"zero_stage": 1, "tp": 2, "dp_shard": 2}),
         (4, "bert", "none", {"zero_stage": 3, "tp": 2, "dp_shard": 2}),
         (4, "gpt", "none", {"zero_stage": 2, "dp_shard": 2, "dp_replicate": 2}),
@@ -224,21 +226,16 @@ def test_a_checkpoint_goes_on_under_another_layout_and_engine(
     assert_close(train_reference(model, optimizer, kind, 4, 8), after, 2e-5)
 
 
-def grow_zero(parallel: Mapping[str, Any]) -> tuple[Numbers, Numbers, dict[str, Tensor], dict[str, Tensor]]:
+def train_and_grow(parallel: Mapping[str, Any]) -> tuple[Numbers, Numbers, dict[str, Tensor], dict[str, Tensor]]:
     """Steps, a growth, steps; the moments after the growth, and the weights at the end."""
     optimizer = make_zero("llama", "none", zero_grid(**parallel))
     optimizer.initialise(SEED)
     before = train_zero(optimizer, "none", 0, 3)
     plan, _ = plan_of(optimizer.model.spec, config_of("llama").model, {"layers": 3, "mlp": 60})
-    old = sharded_twin(optimizer, FP32)
-    small = ShardedAdamW(old, OPTIM)
-    optimizer.give_to(old, small.moments)
-    new = empty_model(plan.new, old.grid, FP32)
-    large = ShardedAdamW(new, OPTIM)
-    grow_on_shards(plan, old, new, small.moments, large.moments)
-    optimizer.release()
-    grown = ZeroAdamW(hollow_model(plan.new, optimizer.grid, FP32), OPTIM)
-    grown.take_from(new, large.moments)
+    grown, _ = grow_zero(plan, optimizer, OPTIM, None, FP32)
+    twin = sharded_twin(grown, FP32)
+    large = ShardedAdamW(twin, OPTIM)
+    grown.give_to(twin, large.moments)
     state = moments(large)
     after = train_zero(grown, "none", 3, 6)
     return before, after, state, weights(sharded_twin(grown, FP32))
@@ -247,7 +244,7 @@ def grow_zero(parallel: Mapping[str, Any]) -> tuple[Numbers, Numbers, dict[str, 
 @pytest.mark.distributed
 @pytest.mark.parametrize("parallel", [{"zero_stage": 1, "tp": 2}, {"zero_stage": 3, "dp_shard": 2}])
 def test_growth_goes_through_shards(parallel: dict[str, Any]) -> None:
-    results = run_distributed(grow_zero, 2, parallel)
+    results = run_distributed(train_and_grow, 2, parallel)
     model, optimizer = make_reference("llama", "none")
     expected = train_reference(model, optimizer, "none", 0, 3)
     plan, _ = plan_of(model.spec, config_of("llama").model, {"layers": 3, "mlp": 60})
