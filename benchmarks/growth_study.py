@@ -275,12 +275,12 @@ class Study:
         def mix(model: Transformer) -> dict[str, float]:
             return {"mix": perplexity(model, self.text.held_out(family))}
 
-        before: Before = measure(source.model, PRECISION, probe, mix)
-        larger = grow(plan, [plan], source.model, source.optimizer, self._optim(family), PRECISION, True)
+        before: Before = measure(source.optimizer, PRECISION, probe, mix)
+        larger = grow(plan, [plan], source.optimizer, self._optim(family), PRECISION)
         record = prove(plan, before, larger, PRECISION, probe, mix)
         run = Run(
             family,
-            larger.model,
+            larger.optimizer.model,
             larger.optimizer,
             source.every * arm.longer,
             source.step,

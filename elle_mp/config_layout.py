@@ -21,6 +21,7 @@ def check_layout(config: Config, world_size: int) -> None:
         _check_sizes(config, index, layout, prefix)
         _check_pipeline(config, index, layout, prefix)
         _check_sequence(config, index, layout, prefix)
+        _check_engine(config, layout, prefix)
         batch = config.stage_batch(index)
         ranks = replicas * layout.dp_shard
         if batch.global_ % ranks:
@@ -119,3 +120,17 @@ def _check_micro_batches(layout: ParallelConfig, count: int, prefix: str) -> Non
             f"{prefix}.schedule={layout.schedule}: {count} micro-batches a step do not make equal rounds over "
             f"pp={layout.pp} ranks; {nearest_multiples(layout.pp, count)} would (batch.global, batch.micro)"
         )
+
+
+def _check_engine(config: Config, layout: ParallelConfig, prefix: str) -> None:
+    """What DeepSpeed cannot run."""
+    if layout.engine != "deepspeed":
+        return
+    wrong = {
+        f"{prefix}.pp={layout.pp}": (layout.pp > 1, "it shards a whole model; pp=1"),
+        f"{prefix}.idle_ranks=true": (layout.idle_ranks, "it needs all ranks of the job; idle_ranks=false"),
+        "precision=fp64": (config.precision == "fp64", "it keeps fp32 masters; precision=fp32"),
+    }
+    for key, (found, why) in wrong.items():
+        if found:
+            raise UserError(f"{key} does not go with {prefix}.engine=deepspeed: {why} or engine=fsdp would do")

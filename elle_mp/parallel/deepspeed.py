@@ -159,8 +159,12 @@ def stop_engine(engine: Any, model: nn.Module) -> None:
             zero.grad_partitions_flat_buffer,
         ]
         for tensor in (*flat, *(tensor.grad for tensor in flat), *buffers):
-            if tensor is not None:
+            if tensor is None:
+                continue
+            if tensor.untyped_storage().resizable():
                 tensor.untyped_storage().resize_(0)
+            else:  # NumPy has seen it (a checkpoint was written from it): only what refers to it can be dropped
+                tensor.data = tensor.data.new_empty(0)
         for parameter in model.parameters():
             parameter.data = parameter.data.new_empty(0)  # it may be gathered
 

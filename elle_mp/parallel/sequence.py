@@ -7,13 +7,14 @@ al., arXiv 2407.21783, section 3.3.2). Without a causal mask rank ``r`` holds th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from elle_mp.axes import ParamSpec
 from elle_mp.errors import UserError
 from elle_mp.parallel.collectives import Runs
 from elle_mp.parallel.mesh import Grid
@@ -138,21 +139,23 @@ def whole_length(grid: Grid, local: int) -> int:
     return local * grid.size("cp") * (grid.tp_size if grid.parallel.sequence_parallel else 1)
 
 
-@torch.no_grad()
-def sum_partial_gradients(model: ShardedModule | PartedModule, grid: Grid) -> None:
-    """Completes, once a step, the gradients to which every tensor-parallel rank has added its own positions only.
+def partial_parameters(specs: Mapping[str, ParamSpec], grid: Grid) -> list[str]:
+    """Parameters whose gradient on a tensor-parallel rank is that of the rank's own positions only, in order.
 
-    With sequence parallelism these are all parameters that are not cut over ``tp``, but for the head's, which sees
-    gathered sequences. One collective over ``tp``, on a flat copy of this rank's shards.
+    With sequence parallelism these are all that are not cut over ``tp``, but for the head's, which sees gathered
+    sequences; without it there are none.
     """
     if grid.tp_size == 1 or not grid.parallel.sequence_parallel:
-        return
-    specs = dict(named_specs(model))
-    shards = [
-        local_tensor(parameter.grad)
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and specs[name].tensor_parallel_dim is None and not name.startswith(HEAD)
-    ]
+        return []
+    return [name for name, spec in specs.items() if spec.tensor_parallel_dim is None and not name.startswith(HEAD)]
+
+
+@torch.no_grad()
+def sum_partial_gradients(model: ShardedModule | PartedModule, grid: Grid) -> None:
+    """Completes the gradients of :func:`partial_parameters`, once a step: one collective, on a flat copy of shards."""
+    names = partial_parameters(dict(named_specs(model)), grid)
+    gradients = [model.get_parameter(name).grad for name in names]
+    shards = [local_tensor(gradient) for gradient in gradients if gradient is not None]
     if not shards:
         return
     flat = torch.cat([shard.flatten() for shard in shards])

@@ -12,15 +12,17 @@ from torch import Tensor
 from elle_mp.config import OptimConfig
 from elle_mp.data.batches import Batch
 from elle_mp.errors import UserError
-from elle_mp.growth.apply import Traffic, grow_on_shards
+from elle_mp.growth.apply import Traffic
+from elle_mp.growth.factors import Factors
 from elle_mp.growth.plan import GrowthPlan
 from elle_mp.growth.rates import factors_of
-from elle_mp.models.build import Precision, checking_copy, empty_model
+from elle_mp.models.build import Precision
 from elle_mp.models.declarations import declarations
 from elle_mp.models.flops import parameter_count
-from elle_mp.models.pipeline import LanguageModel, copy_tied
+from elle_mp.models.pipeline import LanguageModel
 from elle_mp.stream.evaluation import fixed_logits, largest_difference
 from elle_mp.stream.growth_record import plan_record
+from elle_mp.train.engine import grow_optimizer
 from elle_mp.train.optimizer import ShardedAdamW
 
 LARGEST_RELATIVE_DIFFERENCE = 1e-3
@@ -46,38 +48,30 @@ class Before:
 
 @dataclass(frozen=True)
 class Grown:
-    """The larger model and its optimizer, and what making them took."""
+    """The larger model's optimizer (which has the model), and what making them took."""
 
-    model: LanguageModel
     optimizer: ShardedAdamW
     traffic: Traffic
     seconds: float
 
 
-def measure(model: LanguageModel, precision: Precision, probe: Batch, perplexities: Perplexities) -> Before:
+def measure(optimizer: ShardedAdamW, precision: Precision, probe: Batch, perplexities: Perplexities) -> Before:
     """Logits on ``probe`` and perplexities, in the masters' precision."""
-    checker = checking_copy(model, precision)
-    return Before(fixed_logits(checker, probe), perplexities(checker), parameter_count(model.spec))
+    checker = optimizer.checking_copy(precision)
+    return Before(fixed_logits(checker, probe), perplexities(checker), parameter_count(checker.spec))
 
 
-def optimizer_of(model: LanguageModel, optim: OptimConfig, lineage: Sequence[GrowthPlan]) -> ShardedAdamW:
-    """The optimizer of a model, with the rates that its growths have left."""
-    return ShardedAdamW(model, optim, factors_of(lineage, declarations) if lineage else None)
-
-
-def tie(model: LanguageModel, optimizer: ShardedAdamW) -> None:
-    """Has the last pipeline stage's copy of a tied table, and its moments, taken over from the first stage."""
-    copy_tied(model, {name: (item.step, item.first, item.second) for name, item in optimizer.moments.items()})
+def left_by(lineage: Sequence[GrowthPlan]) -> dict[str, Factors] | None:
+    """The rates that a model's growths have left, by parameter."""
+    return factors_of(lineage, declarations) if lineage else None
 
 
 def grow(
     plan: GrowthPlan,
     lineage: Sequence[GrowthPlan],
-    model: LanguageModel,
     optimizer: ShardedAdamW,
     optim: OptimConfig,
     precision: Precision,
-    reshard: bool,
 ) -> Grown:
     """Applies a plan; the new optimizer has the next stage's settings.
 
@@ -85,11 +79,8 @@ def grow(
         lineage: every growth of the larger model; ``plan`` is its last one, unless it changes nothing.
     """
     began = time.perf_counter()
-    larger = empty_model(plan.new, model.grid, precision, reshard)
-    larger_optimizer = optimizer_of(larger, optim, lineage)
-    traffic = grow_on_shards(plan, model, larger, optimizer.moments, larger_optimizer.moments)
-    tie(larger, larger_optimizer)
-    return Grown(larger, larger_optimizer, traffic, time.perf_counter() - began)
+    larger, traffic = grow_optimizer(plan, optimizer, precision, optim, left_by(lineage))
+    return Grown(larger, traffic, time.perf_counter() - began)
 
 
 def prove(
@@ -102,9 +93,9 @@ def prove(
     Raises:
         UserError: the plan said that it is exact, and the logits differ.
     """
-    checker = checking_copy(grown.model, precision)
-    absolute, relative = largest_difference(before.logits, fixed_logits(checker, probe), grown.model)
-    record = plan_record(plan, before.params, parameter_count(grown.model.spec)) | {
+    checker = grown.optimizer.checking_copy(precision)
+    absolute, relative = largest_difference(before.logits, fixed_logits(checker, probe), checker)
+    record = plan_record(plan, before.params, parameter_count(checker.spec)) | {
         "max_logit_diff": absolute,
         "max_logit_diff_rel": relative,
         "ppl_before": before.ppl,

@@ -16,7 +16,7 @@ from elle_mp.config import Config, OptimConfig
 from elle_mp.errors import UserError
 from elle_mp.growth.factors import After
 from elle_mp.growth.plan import GrowthPlan, make_plan
-from elle_mp.models.build import Precision, checking_copy, empty_model
+from elle_mp.models.build import Precision
 from elle_mp.models.flops import parameter_count, training_flops_per_token
 from elle_mp.models.live import anneal_norms, open_vocabulary, settle_norms
 from elle_mp.models.pipeline import LanguageModel
@@ -24,14 +24,14 @@ from elle_mp.models.spec import ModelSpec
 from elle_mp.observe.journal import Journal, Place
 from elle_mp.parallel.agreement import on_first_rank
 from elle_mp.parallel.mesh import AXES, Grid, make_grid
-from elle_mp.parallel.sharding import copies_of, initialise
 from elle_mp.stream.domains import RECOVER, TRAIN, Domains
 from elle_mp.stream.evaluation import perplexity
-from elle_mp.stream.growing import grow, measure, optimizer_of, prove, tie
+from elle_mp.stream.growing import Perplexities, grow, left_by, measure, prove
 from elle_mp.stream.idle import WaitingRoom
 from elle_mp.stream.lifelong import average_increased_perplexity, average_perplexity
 from elle_mp.stream.run_directory import restore_results
 from elle_mp.stream.state import BEGIN, DONE, RunState
+from elle_mp.train.engine import make_optimizer
 from elle_mp.train.optimizer import ShardedAdamW
 from elle_mp.train.rates import after_growth, rewarm_factor
 from elle_mp.train.schedules import rate_factor
@@ -109,7 +109,7 @@ class StreamRunner:
             self._layout(0)
             if self.grid.active:
                 self._make(ModelSpec.from_config(self.config, self.domains.tokenizer.vocab_size))
-                initialise(self.model, self.config.run.seed)
+                self.optimizer.initialise(self.config.run.seed)
             on_first_rank(lambda: self.journal.start(0))
             return
         meta = self.store.meta(name)
@@ -127,10 +127,13 @@ class StreamRunner:
         self.store = CheckpointStore(self.store.folder, self.grid.everyone, aside)
 
     def _make(self, spec: ModelSpec) -> None:
-        parallel = self.config.stage_parallel(self.stage_of_layout)
-        self.model: LanguageModel = empty_model(spec, self.grid, self.precision, parallel.reshard_after_forward)
         optim = self.config.stage_optim(self.stage_of_layout)
-        self.optimizer: ShardedAdamW = optimizer_of(self.model, optim, self._lineage())
+        self.optimizer: ShardedAdamW = make_optimizer(spec, self.grid, self.precision, optim, left_by(self._lineage()))
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model that is trained."""
+        return self.optimizer.model
 
     def _lineage(self) -> list[GrowthPlan]:
         """Every growth that the model has been through."""
@@ -138,19 +141,19 @@ class StreamRunner:
 
     def _load(self, name: str, stage: int) -> None:
         """Builds the model of a checkpoint under the layout of ``stage`` and fills it, on ranks with a place there."""
+        old: ShardedAdamW | None = vars(self).pop("optimizer", None)
+        if old is not None:
+            old.release()
         self._layout(stage)
         if not self.grid.active:
             return
         self._make(ModelSpec.from_json(self.store.meta(name)["model"]))
         self.store.load(name, self._tensors())
-        tie(self.model, self.optimizer)
+        self.optimizer.loaded()
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _tensors(self) -> dict[str, Any]:
         # The optimizer's are always the sharded masters; the model's may be gathered copies in the compute dtype.
-        # A tied table is stored once, from the first pipeline stage.
-        copies = copies_of(self.model)
-        parameters = self.optimizer.parameters.items()
-        tensors = {f"model.{name}": item.detach() for name, item in parameters if name not in copies}
+        tensors: dict[str, Any] = {f"model.{name}": item for name, item in self.optimizer.weights().items()}
         if self.model.norm_stats is not None:
             tensors["model.norm_stats"] = self.model.norm_stats
         return tensors | {f"optim.{name}": item for name, item in self.optimizer.tensors().items()}
@@ -196,23 +199,21 @@ class StreamRunner:
     def _grow(self, stage: int) -> None:
         config, state = self.config, self.state
         plan = make_plan(self.model.spec, config.stage_model(stage), config.growth, config.run.seed)
-        optim, reshard = config.stage_optim(stage), config.stage_parallel(stage).reshard_after_forward
+        optim = config.stage_optim(stage)
         self.stage_of_layout = stage
         if config.stream[stage].grow is None or (plan.unchanged and state.growth is not None):
             # Nothing to grow, or it was grown offline: the same tensors under the next stage's settings.
-            same = grow(plan, self._lineage(), self.model, self.optimizer, optim, self.precision, reshard)
-            self.model, self.optimizer = same.model, same.optimizer
+            self.optimizer = grow(plan, self._lineage(), self.optimizer, optim, self.precision).optimizer
             return
         probe = self.domains.probe(stage)
-        before = measure(self.model, self.precision, probe, lambda model: self._perplexities(model, stage, stage - 1))
-        grown = grow(plan, [*self._lineage(), plan], self.model, self.optimizer, optim, self.precision, reshard)
+        ppl: Perplexities = lambda model: self._perplexities(model, stage, stage - 1)  # noqa: E731
+        before = measure(self.optimizer, self.precision, probe, ppl)
+        grown = grow(plan, [*self._lineage(), plan], self.optimizer, optim, self.precision)
         # From here on the smaller model is gone: the proof needs memory of its own.
-        self.model, self.optimizer = grown.model, grown.optimizer
+        self.optimizer = grown.optimizer
         state.lineage = [*state.lineage, plan.to_json()]
         state.growth_step = state.global_step
-        state.growth = prove(
-            plan, before, grown, self.precision, probe, lambda model: self._perplexities(model, stage, stage - 1)
-        )
+        state.growth = prove(plan, before, grown, self.precision, probe, ppl)
         self.journal.grew(config.stream[stage].domain, state.growth)
 
     def _train_phase(self, stop: StopRequest) -> bool:
@@ -313,7 +314,7 @@ class StreamRunner:
         state, config = self.state, self.config
         began = time.perf_counter()
         stage = state.stage
-        checker = checking_copy(self.model, self.precision)
+        checker = self.optimizer.checking_copy(self.precision)
         if state.phase == RECOVER:
             if state.growth is not None:
                 state.growth["ppl_recovered"] = self._perplexities(checker, stage, stage - 1)

@@ -19,6 +19,7 @@ from elle_mp.growth.factors import After, Factors
 from elle_mp.growth.plan import GrowthPlan
 from elle_mp.models.build import Precision, empty_model
 from elle_mp.models.declarations import declarations
+from elle_mp.models.pipeline import LanguageModel
 from elle_mp.models.spec import ModelSpec
 from elle_mp.models.transformer import Transformer
 from elle_mp.ops.random import Bounds, normal_block
@@ -167,6 +168,15 @@ class ZeroAdamW(ShardedAdamW):
         data-parallel ranks, now (stages 2 and 3) or in the step."""
         self.engine.backward(loss, scale_wrt_gas=False)
 
+    def accumulate(self, last: bool, scale: float, *inputs: Any) -> Tensor:
+        """As of :class:`ShardedAdamW`."""
+        loss = self.forward(*inputs)
+        self.backward(loss * scale)
+        return loss.detach()
+
+    def complete_gradients(self) -> None:
+        """Nothing: :meth:`step` sums the gradients of parts of a sequence, on pieces."""
+
     def step(self, factor: float, after: After = NO_GROWTH) -> float:
         """As of :class:`ShardedAdamW`."""
         self.now, self.norm = (factor, after), float("inf")
@@ -250,6 +260,14 @@ class ZeroAdamW(ShardedAdamW):
         super().reset()
         for step in self.steps.values():
             step.zero_()
+
+    def weights(self) -> Mapping[str, Tensor | Blocks]:
+        """The masters, in pieces."""
+        return self.parameters
+
+    def checking_copy(self, precision: Precision) -> LanguageModel:
+        """As of :class:`ShardedAdamW`, on FSDP2's shards."""
+        return sharded_twin(self, precision).eval()
 
     def tensors(self) -> dict[str, Tensor | Blocks]:  # type: ignore[override]
         """The state as named tensors of global shape, for a checkpoint: this rank's pieces, where they lie."""

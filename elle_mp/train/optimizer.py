@@ -14,10 +14,13 @@ from elle_mp.axes import ParamSpec
 from elle_mp.config import OptimConfig
 from elle_mp.growth.apply import Moments
 from elle_mp.growth.factors import After, Factors
+from elle_mp.models.build import Precision, checking_copy
 from elle_mp.models.declarations import declarations
-from elle_mp.models.pipeline import LanguageModel
+from elle_mp.models.pipeline import LanguageModel, copy_tied
+from elle_mp.parallel.data_parallel import synchronise_gradients
 from elle_mp.parallel.mesh import Grid
-from elle_mp.parallel.sharding import copies_of, local_tensor, my_bounds, named_specs
+from elle_mp.parallel.sequence import sum_partial_gradients
+from elle_mp.parallel.sharding import copies_of, initialise, local_tensor, my_bounds, named_specs
 from elle_mp.train.entries import Age, Settings, ShardFactors, shard_factors, step_by_entry
 
 NO_GROWTH = After()
@@ -38,6 +41,7 @@ class ShardedAdamW:
     """
 
     def __init__(self, model: LanguageModel, optim: OptimConfig, factors: Mapping[str, Factors] | None = None) -> None:
+        self.model = model
         self.grid: Grid = model.grid
         self.parameters = dict(model.named_parameters())
         self.specs: Mapping[str, ParamSpec] = dict(named_specs(model))
@@ -59,6 +63,46 @@ class ShardedAdamW:
             )
             self.moments[name] = state
             self.inner.state[item] = {"step": state.step, "exp_avg": state.first, "exp_avg_sq": state.second}
+
+    # What the engine of data parallelism does about the model (FSDP2 here; DeepSpeed in a subclass)
+
+    def initialise(self, seed: int) -> None:
+        """Fills every parameter by (seed, name, global index)."""
+        initialise(self.model, seed)
+
+    def loaded(self) -> None:
+        """To be called when parameters or state were filled from outside: copies of a tied table take over from the
+        original."""
+        copy_tied(self.model, {name: (item.step, item.first, item.second) for name, item in self.moments.items()})
+
+    def release(self) -> None:
+        """Lets go of the model, before another takes its place."""
+
+    def weights(self) -> Mapping[str, Any]:
+        """The masters as named tensors of global shape, for a checkpoint; a tied table's only where its original is."""
+        return {name: item.detach() for name, item in self.parameters.items() if name not in self.copies}
+
+    def checking_copy(self, precision: Precision) -> LanguageModel:
+        """The model once more, computing in its masters' precision."""
+        return checking_copy(self.model, precision)
+
+    def accumulate(self, last: bool, scale: float, *inputs: Any) -> Tensor:
+        """Adds the gradients of ``scale`` times the loss of a micro-batch; reduced over the ranks with the ``last``.
+
+        Args:
+            inputs: of the model's forward pass.
+
+        Returns:
+            The loss, unscaled.
+        """
+        synchronise_gradients(self.model, last)
+        loss: Tensor = self.model(*inputs)
+        (loss * scale).backward()
+        return loss.detach()
+
+    def complete_gradients(self) -> None:
+        """What is left to be summed when all micro-batches have been: gradients of parts of a sequence."""
+        sum_partial_gradients(self.model, self.grid)
 
     def _decays(self, name: str, optim: OptimConfig) -> bool:
         return optim.decay == "all" or self.specs[name].decay

@@ -15,9 +15,7 @@ from elle_mp.growth.factors import After
 from elle_mp.models.pipeline import LanguageModel, Pipeline, add_tied_gradients
 from elle_mp.models.transformer import IGNORED
 from elle_mp.ops.dropout import DropoutKey
-from elle_mp.parallel.data_parallel import synchronise_gradients
 from elle_mp.parallel.mesh import Grid
-from elle_mp.parallel.sequence import sum_partial_gradients
 from elle_mp.train.optimizer import NO_GROWTH, ShardedAdamW
 from elle_mp.train.pipeline import PipelineSchedule
 
@@ -79,7 +77,7 @@ class Trainer:
         # FSDP2 averages gradients over the ranks that share or repeat parameters; this makes it a sum over all targets.
         scale = grid.dp_size * grid.size("cp") / max(targets, 1)
         total = self._gradients(batch, scale)
-        sum_partial_gradients(self.model, grid)
+        self.optimizer.complete_gradients()
         grid.sum(total, "dp_replicate", "shard", "pp")
         mean = float(total) / max(targets, 1)
         norm = self.optimizer.step(factor, after)
@@ -92,11 +90,9 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.model.grid.device)
         pieces = [batch.rows(first, first + self.micro) for first in range(0, len(batch), self.micro)]
         for index, piece in enumerate(pieces):
-            synchronise_gradients(self.model, index == len(pieces) - 1)
             key = DropoutKey(self.dropout_seed, piece.key)
-            loss = self.model(piece.tokens, piece.domain, piece.targets, key)
-            (loss * scale).backward()
-            total += loss.detach()
+            inputs = piece.tokens, piece.domain, piece.targets, key
+            total += self.optimizer.accumulate(index == len(pieces) - 1, scale, *inputs)
         return total
 
     def _through_pipeline(self, model: Pipeline, batch: Batch, scale: float) -> Tensor:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from elle_mp.models.pipeline import Pipeline, add_tied_gradients, copy_tied, stage_of, stage_parts
 from elle_mp.parallel.pipeline import balanced, parts_of
 from elle_mp.parallel.sharding import copies_of
-from elle_mp.stream.growing import tie
 from elle_mp.train.trainer import Trainer, rows_of
 from tests.distributed_utils import run_distributed
 from tests.parallel.test_layouts import GROW, ROWS, global_batch
@@ -35,7 +34,7 @@ def run(family: str, layout: dict[str, Any], dropout: float, micro: int = 1) -> 
         if step == STEPS:
             plan, _ = plan_of(model.spec, config.model, GROWN)
             model, optimizer, seen["received"] = apply(plan, model, optimizer.moments, lr=3e-3)
-            tie(model, optimizer)
+            optimizer.loaded()
             seen["grown"] = weights(model) | moments(optimizer)
         trainer = Trainer(model, optimizer, micro=micro, dropout_seed=3)
         inner = optimizer.step

@@ -16,8 +16,10 @@ from elle_mp.data.batches import Batch
 from elle_mp.errors import UserError
 from elle_mp.models.spec import ModelSpec
 from elle_mp.models.transformer import IGNORED
+from elle_mp.ops.dropout import DropoutKey
 from elle_mp.parallel import collectives
 from elle_mp.parallel.sequence import behind, below, between, context_layout, part_of, select
+from elle_mp.parallel.sharding import local_tensor
 from elle_mp.train.trainer import Trainer, rows_of
 from tests.distributed_utils import run_distributed
 from tests.tiny import gradients, grid, model_of, optimizer_of, spec_of, text, weights
@@ -275,3 +277,29 @@ def merged(stages: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     if "token_table" in out and "output_table" in out and torch.equal(out["token_table"], out["output_table"]):
         del out["output_table"]
     return out
+
+
+def kept(layout: dict[str, Any]) -> int:
+    """Bytes that a forward pass keeps for the backward pass on this rank, parameters aside."""
+    model = model_of(spec_of("gpt", dropout=0.1, seq_len=64, layers=4), grid(**layout), dtype=torch.float32)
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens, domain, targets = text(2, length=62)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(tokens, domain, targets, DropoutKey(3, torch.arange(2)))
+    parameters = {local_tensor(item).untyped_storage().data_ptr() for item in model.parameters()}
+    loss.backward()
+    return sum(size for storage, size in held.items() if storage not in parameters)
+
+
+@pytest.mark.distributed
+def test_a_cut_sequence_keeps_less() -> None:
+    """Between sub-layers half: norms, and what the first projections read, which is gathered a second time."""
+    without = run_distributed(kept, 2, {"tp": 2})[0]
+    with_it = run_distributed(kept, 2, {"tp": 2, "sequence_parallel": True})[0]
+    print(without, with_it)
