@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
 from elle_mp.config import Config, ParallelConfig, nearest_divisors, nearest_multiples
@@ -14,28 +15,52 @@ def check_layout(config: Config, world_size: int) -> None:
     Raises:
         UserError: something does not divide; the message says which value would.
     """
-    for index, stage in enumerate(config.stream):
-        layout = config.stage_parallel(index)
-        prefix = f"stream.{index}.parallel" if stage.parallel else "parallel"
+    for problem in layout_problems(config, world_size):
+        raise UserError(problem)
+
+
+def layout_problems(config: Config, world_size: int) -> Iterator[str]:
+    """Every reason why the stream cannot run on that many ranks, in the order of the stages, a line each."""
+    said = set()
+    for index in range(len(config.stream)):
+        for problem in _stage_problems(config, index, world_size):
+            if problem not in said:  # stages share what they do not set themselves
+                said.add(problem)
+                yield problem
+
+
+def _stage_problems(config: Config, index: int, world_size: int) -> Iterator[str]:
+    stage, layout = config.stream[index], config.stage_parallel(index)
+    prefix = f"stream.{index}.parallel" if stage.parallel else "parallel"
+    yield from _sizes(config, index, layout, prefix)
+    yield from _pipeline(config, index, layout, prefix)
+    yield from _sequence(config, index, layout, prefix)
+    yield from _engine(config, layout, prefix)
+    try:
         replicas = data_parallel_replicas(layout, world_size, prefix)
-        _check_sizes(config, index, layout, prefix)
-        _check_pipeline(config, index, layout, prefix)
-        _check_sequence(config, index, layout, prefix)
-        _check_engine(config, layout, prefix)
-        batch = config.stage_batch(index)
-        ranks = replicas * layout.dp_shard
-        if batch.global_ % ranks:
-            raise UserError(
-                f"batch.global={batch.global_} does not divide over {ranks} data-parallel ranks; "
-                f"{nearest_multiples(ranks, batch.global_)} would"
-            )
-        local = batch.global_ // ranks
-        if batch.micro < local and local % batch.micro:
-            raise UserError(
-                f"batch.micro={batch.micro} does not divide the {local} sequences of a rank; "
-                f"{nearest_divisors(local, batch.micro)} would"
-            )
-        _check_micro_batches(layout, max(local // batch.micro, 1), prefix)
+    except UserError as error:
+        yield str(error)
+        return
+    yield from _batch(config, index, layout, replicas * layout.dp_shard, prefix)
+
+
+def _batch(config: Config, index: int, layout: ParallelConfig, ranks: int, prefix: str) -> Iterator[str]:
+    """The batch divides over data-parallel ranks, and that of a rank over micro-batches."""
+    batch = config.stage_batch(index)
+    where = f"stream.{index}.batch" if config.stream[index].batch else "batch"
+    local = batch.global_ // ranks
+    if batch.global_ % ranks:
+        yield (
+            f"{where}.global={batch.global_} does not divide over {ranks} data-parallel ranks; "
+            f"{nearest_multiples(ranks, batch.global_)} would"
+        )
+    elif batch.micro < local and local % batch.micro:
+        yield (
+            f"{where}.micro={batch.micro} does not divide the {local} sequences of a rank; "
+            f"{nearest_divisors(local, batch.micro)} would"
+        )
+    else:
+        yield from _micro_batches(layout, max(local // batch.micro, 1), prefix)
 
 
 def data_parallel_replicas(layout: ParallelConfig, world_size: int, prefix: str = "parallel") -> int:
@@ -60,7 +85,8 @@ def data_parallel_replicas(layout: ParallelConfig, world_size: int, prefix: str 
     return layout.dp_replicate
 
 
-def _check_sizes(config: Config, index: int, layout: ParallelConfig, prefix: str) -> None:
+def _sizes(config: Config, index: int, layout: ParallelConfig, prefix: str) -> Iterator[str]:
+    """Heads, the MLP and the vocabulary divide over tensor-parallel ranks."""
     model = config.stage_model(index)
     name = "kv_groups" if model.kv_groups else "heads"
     for what, size in (
@@ -69,9 +95,8 @@ def _check_sizes(config: Config, index: int, layout: ParallelConfig, prefix: str
         ("vocab_multiple", model.vocab_multiple),
     ):
         if size % layout.tp:
-            stage = f"stage {index} ({config.stream[index].domain})"
-            raise UserError(
-                f"{prefix}.tp={layout.tp} does not divide {what}={size} of {stage}; "
+            yield (
+                f"{prefix}.tp={layout.tp} does not divide {what}={size} of {_stage_name(config, index)}; "
                 f"{what}={nearest_multiples(layout.tp, size)} or tp={nearest_divisors(size, layout.tp)} would do"
             )
 
@@ -80,23 +105,23 @@ def _stage_name(config: Config, index: int) -> str:
     return f"stage {index} ({config.stream[index].domain})"
 
 
-def _check_pipeline(config: Config, index: int, layout: ParallelConfig, prefix: str) -> None:
+def _pipeline(config: Config, index: int, layout: ParallelConfig, prefix: str) -> Iterator[str]:
     """Every pipeline stage has a layer, and a given split is one of this model."""
     layers, stages = config.stage_model(index).layers, layout.pp * layout.stages_per_rank
     of = _stage_name(config, index)
     if layout.pp > 1 and stages > layers:
-        raise UserError(
+        yield (
             f"{prefix}: pp={layout.pp} with {layout.schedule} makes {stages} pipeline stages, and {of} has "
             f"layers={layers}; every stage needs one: layers={stages} or more, or a smaller pp"
         )
     if layout.split != "estimated" and (len(layout.split) != stages or sum(layout.split) != layers):
-        raise UserError(
+        yield (
             f"{prefix}.split={list(layout.split)}: {of} wants {stages} numbers that add up to layers={layers}; "
             "leave it out to have them chosen"
         )
 
 
-def _check_sequence(config: Config, index: int, layout: ParallelConfig, prefix: str) -> None:
+def _sequence(config: Config, index: int, layout: ParallelConfig, prefix: str) -> Iterator[str]:
     """Sequences divide over the ranks that share them."""
     model = config.stage_model(index)
     chunks = layout.cp if model.family == "bert" or layout.cp == 1 else 2 * layout.cp
@@ -105,24 +130,24 @@ def _check_sequence(config: Config, index: int, layout: ParallelConfig, prefix: 
         why = f"cp={layout.cp}" if layout.cp > 1 else ""
         if layout.sequence_parallel:
             why += " and " * bool(why) + f"tp={layout.tp} with sequence_parallel"
-        raise UserError(
+        yield (
             f"{prefix}: {why} cut sequences into {pieces} parts, which do not divide seq_len={model.seq_len} of "
             f"{_stage_name(config, index)}; {nearest_multiples(pieces, model.seq_len)} would"
         )
 
 
-def _check_micro_batches(layout: ParallelConfig, count: int, prefix: str) -> None:
+def _micro_batches(layout: ParallelConfig, count: int, prefix: str) -> Iterator[str]:
     """Interleaved schedules go in rounds of as many micro-batches as there are pipeline ranks, or a few more."""
     if layout.pp == 1 or layout.schedule not in ("interleaved_1f1b", "zero_bubble"):
         return
     if count % max(1, count // layout.pp):
-        raise UserError(
+        yield (
             f"{prefix}.schedule={layout.schedule}: {count} micro-batches a step do not make equal rounds over "
             f"pp={layout.pp} ranks; {nearest_multiples(layout.pp, count)} would (batch.global, batch.micro)"
         )
 
 
-def _check_engine(config: Config, layout: ParallelConfig, prefix: str) -> None:
+def _engine(config: Config, layout: ParallelConfig, prefix: str) -> Iterator[str]:
     """What DeepSpeed cannot run."""
     if layout.engine != "deepspeed":
         return
@@ -133,4 +158,4 @@ def _check_engine(config: Config, layout: ParallelConfig, prefix: str) -> None:
     }
     for key, (found, why) in wrong.items():
         if found:
-            raise UserError(f"{key} does not go with {prefix}.engine=deepspeed: {why} or engine=fsdp would do")
+            yield f"{key} does not go with {prefix}.engine=deepspeed: {why} or engine=fsdp would do"

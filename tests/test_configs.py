@@ -14,9 +14,10 @@ from elle_mp.config_file import load_config
 from elle_mp.config_layout import check_layout
 from elle_mp.errors import UserError
 from elle_mp.growth.plan import GrowthPlan, make_plan
+from elle_mp.growth.stages import stage_specs
 from elle_mp.models.spec import ModelSpec
 from elle_mp.models.transformer import Transformer
-from elle_mp.stream.run import check_growth
+from elle_mp.stream.domains import vocabulary_size
 from elle_mp.train.schedules import rate_factor
 from tests.tiny import grid
 
@@ -53,10 +54,10 @@ def test_there_is_a_configuration_for_every_family() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_it_loads_fits_one_rank_and_grows(name: str) -> None:
+def test_it_loads_fits_its_ranks_and_grows(name: str) -> None:
     config = load_config(FOLDER / name)
-    check_layout(config, 1)
-    check_growth(config)
+    check_layout(config, config.parallel.world_size or 1)
+    stage_specs(config, vocabulary_size(config))
     assert all(plan.exact for plan in plans(config))
 
 
@@ -123,7 +124,7 @@ def test_the_papers_schedules(name: str, peak: float, recovery: int, reached: fl
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_own_growth_can_be_chosen(name: str) -> None:
     config = load_config(FOLDER / name, ["growth.width=elle", "growth.depth=elle"])
-    check_growth(config)
+    stage_specs(config, vocabulary_size(config))
     growths = plans(config)
     assert not any(plan.exact for plan in growths)
     assert {plan.moments for plan in growths} == {"reset"}
@@ -138,4 +139,4 @@ def test_what_its_comment_says_about_tensor_parallel_works(name: str) -> None:
     for line in advice:
         config = load_config(FOLDER / name, line.split())
         check_layout(config, 8)
-        check_growth(config)
+        stage_specs(config, vocabulary_size(config))

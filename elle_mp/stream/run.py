@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from rich.console import Console
 from elle_mp.config import Config
 from elle_mp.config_file import load_config
 from elle_mp.config_layout import check_layout
-from elle_mp.growth.plan import make_plan
+from elle_mp.growth.stages import stage_specs
 from elle_mp.models.build import Precision
-from elle_mp.models.spec import ModelSpec
 from elle_mp.observe.journal import Journal
 from elle_mp.observe.tables import growth_table, make_console, stages_table
 from elle_mp.parallel.agreement import on_first_rank, on_first_rank_then_all
@@ -89,21 +87,6 @@ def checked_config(path: Path, overrides: Sequence[str]) -> Config:
         UserError: something in it is wrong.
     """
     config = load_config(path, overrides)
-    check_growth(config)
+    stage_specs(config, vocabulary_size(config))  # a growth that cannot be is an error now and not after days
     check_layout(config, dist.get_world_size())
     return config
-
-
-def check_growth(config: Config) -> None:
-    """Plans every growth of the stream, so that one that cannot be is an error now and not after days.
-
-    Raises:
-        UserError: a strategy cannot grow this family by these sizes.
-    """
-    spec = ModelSpec.from_config(config, vocabulary_size(config))
-    steps = 0
-    for index, stage in enumerate(config.stream[1:], start=1):
-        spec = make_plan(spec, config.stage_model(index), config.growth, config.run.seed).new
-        steps = stage.recover.steps + stage.steps + (steps if stage.grow is None else 0)
-        if config.growth.anneal and steps >= config.growth.anneal:
-            spec = replace(spec, weighted_norms=False)
