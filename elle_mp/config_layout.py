@@ -32,16 +32,17 @@ def layout_problems(config: Config, world_size: int) -> Iterator[str]:
 def _stage_problems(config: Config, index: int, world_size: int) -> Iterator[str]:
     stage, layout = config.stream[index], config.stage_parallel(index)
     prefix = f"stream.{index}.parallel" if stage.parallel else "parallel"
+    try:
+        ranks = data_parallel_replicas(layout, world_size, prefix) * layout.dp_shard
+    except UserError as error:
+        ranks = None
+        yield str(error)
     yield from _sizes(config, index, layout, prefix)
     yield from _pipeline(config, index, layout, prefix)
     yield from _sequence(config, index, layout, prefix)
     yield from _engine(config, layout, prefix)
-    try:
-        replicas = data_parallel_replicas(layout, world_size, prefix)
-    except UserError as error:
-        yield str(error)
-        return
-    yield from _batch(config, index, layout, replicas * layout.dp_shard, prefix)
+    if ranks is not None:
+        yield from _batch(config, index, layout, ranks, prefix)
 
 
 def _batch(config: Config, index: int, layout: ParallelConfig, ranks: int, prefix: str) -> Iterator[str]:

@@ -114,7 +114,7 @@ def test_every_setting_that_is_named_exists(name: str) -> None:
             section.add(line.split("`")[1])
     del settings["stream"]
     text = (ROOT / name).read_text(encoding="utf-8")
-    for part, key in re.findall(rf"`(?!tokenizer\.model`)({'|'.join(settings)})\.(\w+)", text):
+    for part, key in re.findall(rf"`(?!tokenizer\.model`)({'|'.join(settings)})\.(\w+)(?![\w.])", text):
         assert key in settings[part], f"{part}.{key}"
 
 
