@@ -30,7 +30,7 @@ from elle_mp.parallel.mesh import start_distributed
 from elle_mp.stream.evaluate_command import find_checkpoint, run_config
 from elle_mp.stream.grown_directory import abandon, close_grown, grown_config, open_grown
 from elle_mp.stream.growth_record import parameters_in, plan_record
-from elle_mp.stream.memory import block_bytes, parse_bytes
+from elle_mp.stream.memory import block_bytes, keeper, parse_bytes
 from elle_mp.stream.offline_proof import check_proof_memory, prove_offline
 from elle_mp.stream.state import BEGIN, DONE, RunState
 
@@ -98,7 +98,7 @@ def _grow(request: Request, growth: OfflineGrowth, out: Path, limit: int, verify
         check_proof_memory(request.plan, limit)
     on_first_rank(lambda: open_grown(request.run_dir, request.name, out))
     try:
-        seconds, written = _write(request, growth, out, block, console)
+        seconds, written = _write(request, growth, out, (limit, block), console)
         text = f"wrote {written / 1e9:.2f} GB in {seconds:.1f} s: {out}"
         console.print(text, soft_wrap=True, markup=False, emoji=False)
         if verify:
@@ -218,8 +218,20 @@ def _check_layout(spec: ModelSpec, layout: Layout) -> None:
             )
 
 
-def _write(request: Request, growth: OfflineGrowth, out: Path, block: int, console: Console) -> tuple[float, int]:
-    """Writes the grown checkpoint; the seconds it took, and its bytes."""
+def _write(
+    request: Request, growth: OfflineGrowth, out: Path, memory: tuple[int, int], console: Console
+) -> tuple[float, int]:
+    """Writes the grown checkpoint; the seconds it took, and its bytes.
+
+    Args:
+        memory: bytes of the process, and of a block.
+    """
+    keep = keeper(*memory)
+
+    def written(count: int) -> None:
+        advance(count)
+        keep()
+
     began = time.perf_counter()
     total = sum(prod(shape) * dtype.itemsize for shape, dtype in growth.tensors().values())
     state = RunState.from_json(request.meta["state"])
@@ -229,7 +241,7 @@ def _write(request: Request, growth: OfflineGrowth, out: Path, block: int, conso
     meta = request.meta | {"state": state.to_json(), "model": request.plan.new.to_json()}
     with byte_progress(console, "growing", total // dist.get_world_size()) as advance:
         store, name = CheckpointStore(out / "checkpoints"), f"{request.name}-grown"
-        grow_checkpoint(growth, store, name, meta, block, advance)
+        grow_checkpoint(growth, store, name, meta, memory[1], written)
     seconds = time.perf_counter() - began
     state.growth["seconds"] = seconds
     on_first_rank(lambda: store.set_meta(name, meta | {"state": state.to_json()}))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -66,3 +68,19 @@ def block_bytes(limit: int, longest_row: int = 0) -> int:
         least = -(-(held + BLOCKS_IN_MEMORY * smallest) // (1 << 20))
         raise UserError(f"--max-memory: the program itself takes {held >> 20} MiB; give {least}M or more")
     return min(block, LARGEST_BLOCK)
+
+
+def keeper(limit: int, block: int) -> Callable[[], None]:
+    """To be called between blocks: gives memory that is free inside of this process back to the system, when it holds
+    so much that the next block might pass ``limit`` bytes.
+
+    Blocks of many sizes leave holes that the C library keeps: a growth that holds 500 MB was seen at 1.6 GB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc's alone
+    room = 2 * BLOCKS_IN_MEMORY * block  # the next block, and the holes that it leaves
+
+    def keep() -> None:
+        if trim is not None and resident_bytes() > limit - room:
+            trim(0)
+
+    return keep
