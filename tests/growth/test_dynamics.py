@@ -224,7 +224,7 @@ def copies_apart(family: str, grow: dict[str, int], steps: int, **growth: Any) -
     old = model_of(spec_of(family, **sizes), grid())
     optimizer = optimizer_of(old)
     train(old, optimizer, 3)
-    plan, _ = plan_of(old.spec, config_of(family, **sizes).model, grow, **growth)
+    plan, _ = plan_of(old.spec, config_of(family, **sizes).model, grow, **{"width": "replicate"} | growth)
     new, grown, _ = apply(plan, old, optimizer.moments)
     train(new, grown, steps, seed=3)
     value = weights(new)

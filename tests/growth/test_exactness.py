@@ -124,14 +124,14 @@ def test_auto_takes_what_is_exact_for_the_family() -> None:
         ("bert", 6, "weighted", "gate"),
         ("gpt", 8, "replicate", "zero_out"),
         ("gpt", 6, "lemon", "zero_out"),
-        ("llama", 8, "replicate", "zero_out"),
-        ("llama", 6, "iso", "zero_out"),
+        ("llama", 8, "zero_pad", "zero_out"),
+        ("llama", 6, "zero_pad", "zero_out"),
     ):
         config = config_of(**MODELS[model])
         plan, _ = plan_of(spec_of(**MODELS[model]), config.model, {"heads": heads, "layers": 3})
         assert (plan.width, plan.depth, plan.moments) == (width, depth, "scaled")
         assert plan.new.weighted_norms is (width == "weighted")
-        ratio = 32 / 48 if width in ("iso", "lemon") else 1.0
+        ratio = 32 / (8 * heads) if width in ("zero_pad", "lemon") else 1.0  # the mean square, or the variance, shrinks
         assert plan.new.norm_eps == pytest.approx(plan.old.norm_eps * ratio, rel=1e-14)
     weighted, sizes = plan_of(spec_of("gpt"), config_of("gpt").model, {"heads": 6}, width="weighted")
     assert plan_of(weighted.new, sizes, {"heads": 8})[0].width == "weighted"  # lemon wants plain statistics
@@ -190,11 +190,12 @@ def test_growing_by_nothing_changes_no_bit(model: str) -> None:
 def test_growing_twice_is_growing_once_when_the_maps_compose(model: str) -> None:
     old, optimizer = trained(model, torch.float64)
     sizes = config_of(**MODELS[model]).model
-    half, middle = plan_of(old.spec, sizes, {"heads": 8, "mlp": 80, "layers": 4}, noise_db=None)
+    exact = {"width": "replicate", "noise_db": None}
+    half, middle = plan_of(old.spec, sizes, {"heads": 8, "mlp": 80, "layers": 4}, **exact)
     one, one_optimizer, _ = apply(half, old, optimizer.moments)
-    rest, _ = plan_of(one.spec, middle, {"heads": 16, "mlp": 160, "layers": 8}, noise_db=None)
+    rest, _ = plan_of(one.spec, middle, {"heads": 16, "mlp": 160, "layers": 8}, **exact)
     two, two_optimizer, _ = apply(rest, one, one_optimizer.moments)
-    whole, _ = plan_of(old.spec, sizes, {"heads": 16, "mlp": 160, "layers": 8}, noise_db=None)
+    whole, _ = plan_of(old.spec, sizes, {"heads": 16, "mlp": 160, "layers": 8}, **exact)
     direct, direct_optimizer, _ = apply(whole, old, optimizer.moments)
     assert two.spec == direct.spec
     ours, expected = weights(two), weights(direct)
