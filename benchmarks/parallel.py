@@ -5,7 +5,9 @@
 One gpt of L6 D384, 512 positions, bf16 compute with fp32 masters, the same global batch for all. One process has two
 threads, each of two ranks has one. Every row is a fresh job (``torchrun``'s environment, gloo over loopback); one
 process is measured before and after each layout, and the ratio is to the mean of both, so that a machine that is
-slow for a while slows both sides. Memory is a rank's peak over what importing takes.
+slow for a while slows both sides. Memory is a rank's peak over what importing takes. Bytes on the wire are those that
+the loopback device counted during the measured steps, of both ranks, headers included: nothing else may use it.
+Next to memory and bytes stands what ``elle-mp pretrain --dry-run`` says of the same layout.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from elle_mp.config import Config
 from elle_mp.data.batches import Batch
 from elle_mp.models.build import Precision
 from elle_mp.models.spec import ModelSpec
+from elle_mp.observe.planning.plan import plan_stage
+from elle_mp.observe.planning.setting import stage_setting
 from elle_mp.parallel.mesh import make_grid, start_distributed
 from elle_mp.train.engine import make_optimizer
 from elle_mp.train.trainer import Trainer, rows_of
@@ -81,16 +85,34 @@ def job(layout: dict[str, Any], steps: int) -> dict[str, Any]:
     optimizer.initialise(1)
     trainer = Trainer(optimizer.model.train(), optimizer, config.batch.micro, 1)
     first, last = rows_of(grid, config.batch.global_)
-    seconds, loss = [], 0.0
+    seconds, loss, sent = [], 0.0, 0
     for step in range(WARM_STEPS + steps):
         batch = batch_of(step, config.batch.global_, 512).rows(first, last)
         dist.barrier()
+        sent = bytes_on_loopback() if step == WARM_STEPS else sent
         began = time.perf_counter()
         loss = trainer.step(batch, 1.0).loss
         seconds.append(time.perf_counter() - began)
+    dist.barrier()
+    wire = (bytes_on_loopback() - sent) / steps
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     dist.destroy_process_group()
-    return {"seconds": statistics.median(seconds[WARM_STEPS:]), "memory": (peak - before) * 1024, "loss": loss}
+    median = statistics.median(seconds[WARM_STEPS:])
+    return {"seconds": median, "memory": (peak - before) * 1024, "loss": loss, "wire": wire}
+
+
+def bytes_on_loopback() -> int:
+    """Bytes that the loopback device has sent since the machine started."""
+    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
+
+
+def plan_of(layout: dict[str, Any]) -> tuple[float, float]:
+    """What the planner says: the heaviest rank's bytes of memory, and those that all ranks send in a step."""
+    config = config_of(layout)
+    world = 1 if layout == {} else 2
+    setting = stage_setting(config, 0, ModelSpec.from_config(config, VOCAB), world, "cpu")
+    plan = plan_stage(ONE, setting)
+    return plan.heaviest.memory.total, sum(rank.traffic.total for rank in plan.ranks) * world / len(plan.ranks)
 
 
 def run(layout: dict[str, Any], ranks: int, steps: int) -> list[dict[str, Any]]:
@@ -129,8 +151,11 @@ def row(name: str, steps: int) -> str:
     alone = tokens * 2 / (before["seconds"] + after["seconds"])
     rate = tokens / max(item["seconds"] for item in ranks)
     memory, one = (max(item["memory"] for item in items) / 1e6 for items in (ranks, [before, after]))
-    off = abs(ranks[0]["loss"] - before["loss"])
-    line = f"| {name} | {rate:.0f} | {alone:.0f} | **{rate / alone:.2f}** | {memory:.0f} | {one:.0f} | {off:.1e} |"
+    (planned, sent), (planned_one, _) = plan_of(LAYOUTS[name]), plan_of({})
+    cells = [name, f"{rate:.0f}", f"{alone:.0f}", f"**{rate / alone:.2f}**"]
+    cells += [f"{memory:.0f} ({planned / 1e6:.0f})", f"{one:.0f} ({planned_one / 1e6:.0f})"]
+    cells += [f"{ranks[0]['wire'] / 1e6:.1f} ({sent / 1e6:.1f})", f"{abs(ranks[0]['loss'] - before['loss']):.1e}"]
+    line = f"| {' | '.join(cells)} |"
     print(line, flush=True)
     return line
 
@@ -147,8 +172,9 @@ def main() -> None:
         print(json.dumps(job(**json.loads(options.job))))
         return
     head = [
-        "| layout | tokens/s | one process | ratio | MB a rank | MB one process | difference in loss |",
-        "|---|---|---|---|---|---|---|",
+        "| layout | tokens/s | one process | ratio | MB a rank (plan) | MB one process (plan) "
+        "| MB on the wire a step (plan) | difference in loss |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(head))
     lines = head + [row(name, options.steps) for name in options.layouts]
