@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from queue import Queue
+from queue import LifoQueue, Queue
 from typing import Any
 
 import yaml
@@ -32,6 +32,8 @@ TIMINGS = ("seconds", "tokens_per_second", "mfu")
 """What two runs of the same configuration may differ in."""
 COMMUNICATION = "bytes_communicated"
 """What two layouts may differ in besides."""
+MOST_RANKS = 4
+"""Of a run in these tests."""
 PORTS = 20
 """How many ports a process has for its runs."""
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmn" for vowel in "aeio"]
@@ -207,9 +209,10 @@ class Server:
 
 @functools.cache
 def servers() -> Queue[Server]:
-    """The servers that are free: as many as there are ranks in these tests."""
-    free: Queue[Server] = Queue()
-    for _ in range(2):
+    """The servers that are free: as many as a run in these tests has ranks. The last one used is the next: one starts
+    when it is first needed."""
+    free: Queue[Server] = LifoQueue()
+    for _ in range(MOST_RANKS):
         free.put(Server())
     return free
 
