@@ -14,7 +14,7 @@ from elle_mp.axes import Axis, ParamSpec
 from elle_mp.growth.blocks import Block, grow_moment, grow_weight
 from elle_mp.growth.layout import Alignment, Layout, OldParameters
 from elle_mp.growth.plan import GrowthPlan
-from elle_mp.growth.tensors import TensorGrowth, parameter_growths
+from elle_mp.growth.tensors import parameter_growths
 from elle_mp.models.declarations import declarations
 from elle_mp.models.pipeline import LanguageModel, stage_of, stage_parts
 from elle_mp.ops.random import Bounds
@@ -60,15 +60,17 @@ def grow_on_shards(
     alignment = Alignment(source.parameters, Layout(old.grid.tp_size, old.grid.size("shard")))
     owners, me = _owners(new), new.grid.rank("pp")
     traffic = Traffic()
+    parameters = dict(new.named_parameters())
     for name, growth in parameter_growths(plan, whole_specs(new)).items():
         recut = alignment.recut(growth)
         if recut:
             traffic.recut.append(name)
         bounds = my_bounds(growth.spec, growth.shape, new.grid)
-        blocks = {key: source.weight(key, growth, bounds, recut, owners[name], traffic) for key in growth.reads}
+        needs = growth.needs(bounds)
+        blocks = {key: source.weight(key, needs[key], key in recut, owners[name], traffic) for key in growth.reads}
         if owners[name] == me:
             mine = {key: block for key, block in blocks.items() if block is not None}
-            grow_weight(growth, mine, bounds, local_tensor(new.get_parameter(name)))
+            grow_weight(growth, mine, bounds, local_tensor(parameters[name]))
         blocks.clear()
         state = new_moments[name] if owners[name] == me else None
         if growth.source is None or growth.moments == "reset":
@@ -77,7 +79,8 @@ def grow_on_shards(
                     tensor.zero_()
             continue
         for degree in (1, 2):
-            block = source.moment(growth.source, degree, growth, bounds, recut, owners[name], traffic)
+            key = growth.source
+            block = source.moment(key, degree, needs[key], key in recut, owners[name], traffic)
             if state is not None and block is not None:
                 grow_moment(growth, block, bounds, state.first if degree == 1 else state.second, degree)
         step = source.step(growth.source, owners[name], traffic)
@@ -107,31 +110,22 @@ class _Shards:
         self.tensors: dict[str, Tensor] = dict(model.named_parameters())
         self.owners = _owners(model)
         specs = whole_specs(model)
-        self.parameters = OldParameters(specs, {name: spec.shape(model.sizes) for name, spec in specs.items()})
+        shapes = {name: spec.shape(model.sizes) for name, spec in specs.items()}
+        self.parameters = OldParameters(specs, shapes)
+        self.bounds = {name: my_bounds(specs[name], shapes[name], self.grid) for name in self.tensors if name in specs}
         first = next(iter(self.tensors.values()))
         self.dtype, self.device = first.dtype, first.device
 
-    def weight(
-        self, name: str, growth: TensorGrowth, bounds: Bounds, recut: tuple[str, ...], to: int, traffic: Traffic
-    ) -> Block | None:
-        """What a block of a new parameter needs of an old one, on the pipeline rank ``to``; elsewhere ``None``."""
+    def weight(self, name: str, needed: Bounds, gather: bool, to: int, traffic: Traffic) -> Block | None:
+        """A block of an old parameter on the pipeline rank ``to``; elsewhere ``None``."""
         local = local_tensor(self.tensors[name]) if name in self.tensors else None
-        return self._block(name, local, growth.needs(bounds)[name], name in recut, to, traffic)
+        return self._block(name, local, needed, gather, to, traffic)
 
-    def moment(
-        self,
-        name: str,
-        degree: int,
-        growth: TensorGrowth,
-        bounds: Bounds,
-        recut: tuple[str, ...],
-        to: int,
-        traffic: Traffic,
-    ) -> Block | None:
+    def moment(self, name: str, degree: int, needed: Bounds, gather: bool, to: int, traffic: Traffic) -> Block | None:
         """The same of Adam's first or second moment."""
         state = self.moments.get(name)
         local = None if state is None else state.first if degree == 1 else state.second
-        return self._block(name, local, growth.needs(bounds)[name], name in recut, to, traffic)
+        return self._block(name, local, needed, gather, to, traffic)
 
     def step(self, name: str, to: int, traffic: Traffic) -> Tensor | None:
         """The number of updates of an old parameter."""
@@ -160,15 +154,14 @@ class _Shards:
 
     def _own(self, name: str, local: Tensor, gather: bool, traffic: Traffic) -> Block:
         """This rank's shard of a tensor laid out as the parameter ``name``, or all of it."""
-        shape = self.parameters.shapes[name]
         like = self.tensors[name]
         if not gather or not isinstance(like, DTensor):
-            return Block(local, my_bounds(self.parameters.specs[name], shape, self.grid))
+            return Block(local, self.bounds[name])
         shard = DTensor.from_local(
             local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
         traffic.received += (like.numel() - local.numel()) * like.element_size()
-        return Block(shard.full_tensor(), tuple((0, size) for size in shape))
+        return Block(shard.full_tensor(), tuple((0, size) for size in self.parameters.shapes[name]))
 
     def _passed(self, mine: Tensor | None, like: Tensor, owner: int, to: int, traffic: Traffic) -> Tensor | None:
         """A tensor of one pipeline rank on another, received into ``like``."""
@@ -185,7 +178,7 @@ class _Shards:
 
 
 def _narrowed(block: Block, needed: Bounds) -> Block:
-    if any(start == stop for start, stop in needed):
+    if needed == block.bounds or any(start == stop for start, stop in needed):
         return block
     values = block.values
     for dim, ((low, _), (start, stop)) in enumerate(zip(block.bounds, needed, strict=True)):
