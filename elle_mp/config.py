@@ -245,6 +245,14 @@ class ParallelConfig(Section):
     reshard_after_forward: bool = True
     """Free gathered parameters between forward and backward (saves memory, gathers twice); ``zero_bubble`` and ``zbv``
     always keep them."""
+    first_timeout: Annotated[float, Field(gt=0, le=1e6)] = 1800.0
+    """Seconds that ranks wait for each other while the job starts, in the first step of a phase and after anything but
+    a step, and for growth, evaluation and checkpoints. A longer wait is a hang: all say where they are, and end."""
+    step_timeout: Annotated[float, Field(gt=0, le=1e6)] = 300.0
+    """The same in all other steps."""
+    check_every: NonNegative = 0
+    """Steps between checks that what should be equal on several ranks (replicas, what ``tp`` does not cut, both copies
+    of a tied table) is so to the last bit; also before each checkpoint. 0 for never."""
     world_size: Positive | None = None
     """Ranks that ``pretrain --dry-run`` counts with; a run counts those that it has."""
 

@@ -12,6 +12,11 @@ class UserError(Exception):
     """
 
 
+def error_line(message: str) -> str:
+    """What the command line prints of an error."""
+    return "elle-mp: error: " + " ".join(message.split())
+
+
 def existing_file(path: Path, what: str) -> Path:
     """Returns ``path`` if it is a readable file.
 

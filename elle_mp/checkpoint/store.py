@@ -23,6 +23,7 @@ from elle_mp.checkpoint.stream_writer import Share, places_of, write_metadata, w
 from elle_mp.data.files import write_whole
 from elle_mp.errors import UserError
 from elle_mp.ops.random import Bounds
+from elle_mp.parallel.peer_errors import comes_from_a_peer
 
 logger = logging.getLogger(__name__)
 
@@ -140,11 +141,13 @@ class CheckpointStore:
         self._background.wait()
 
     def close(self) -> None:
-        """:meth:`wait` at the end of a run that ends with an error of its own: a failure is logged."""
+        """:meth:`wait` at the end of a run that ends with an error of its own: a failure is logged, unless it is that
+        another rank has gone."""
         try:
             self.wait()
         except UserError as error:
-            logger.warning("%s", error)
+            if not comes_from_a_peer(error):
+                logger.warning("%s", error)
 
     def save_streamed(
         self,

@@ -14,7 +14,7 @@ from elle_mp.cli.doctor import doctor
 from elle_mp.cli.evaluate import evaluate
 from elle_mp.cli.grow import grow
 from elle_mp.cli.pretrain import pretrain
-from elle_mp.errors import UserError
+from elle_mp.errors import UserError, error_line
 
 # typer exports BadParameter only; what it descends from moved between releases (click, then typer itself).
 USAGE_ERRORS: type[Exception] = typer.BadParameter.__mro__[2]
@@ -84,7 +84,7 @@ def main(args: list[str] | None = None) -> None:
 def complain(message: str) -> None:
     """Writes one line to stderr; of the processes of a distributed run only the first does."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        print("elle-mp: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+        print(error_line(message), file=sys.stderr, flush=True)
 
 
 def usage_line(error: Exception) -> str:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from elle_mp.config import ParallelConfig
 from elle_mp.config_layout import data_parallel_replicas
+from elle_mp.parallel.flight_recorder import start_recording
 
 MESH_AXES = ("pp", "dp_replicate", "shard", "tp")
 """Axes of the mesh on which parameters lie, outermost first; ``shard`` is ``dp_shard x cp``: ranks that share a
@@ -149,6 +150,7 @@ def start_distributed() -> torch.device:
     if use_cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        start_recording()
         backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group(backend, timeout=timedelta(minutes=10))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from elle_mp.parallel.mesh import Grid
+from elle_mp.parallel.time_limits import waiting_group
 from elle_mp.stream.state import RunState
-
-LONGEST_WAIT = timedelta(days=365)
-"""A stage may take weeks; a rank that fails meanwhile ends the job, and so the waiting."""
 
 
 class WaitingRoom:
-    """Where all ranks of the job meet between two stages. Made by all of them, before there is a layout."""
+    """Where all ranks of the job meet between two stages. Made by all of them, before there is a layout.
+
+    A stage may take weeks; a rank that fails meanwhile ends the job, and so the waiting.
+    """
 
     def __init__(self) -> None:
         several = dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if several else None
+        self.group = waiting_group() if several else None
 
     def meet(self, grid: Grid, state: RunState, stopped: bool) -> tuple[RunState, bool]:
         """What the ranks with a place have come to, on every rank; returns at once where all ranks have one."""

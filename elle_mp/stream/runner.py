@@ -24,6 +24,7 @@ from elle_mp.models.spec import ModelSpec
 from elle_mp.observe.journal import Journal, Place
 from elle_mp.parallel.agreement import on_first_rank
 from elle_mp.parallel.mesh import AXES, Grid, make_grid
+from elle_mp.parallel.time_limits import TimeLimits
 from elle_mp.stream.domains import RECOVER, TRAIN, Domains
 from elle_mp.stream.evaluation import perplexity
 from elle_mp.stream.growing import Perplexities, grow, left_by, measure, prove
@@ -46,13 +47,22 @@ class StreamRunner:
         state: the position, and all that has been measured.
     """
 
-    def __init__(self, config: Config, domains: Domains, run_dir: Path, device: torch.device, journal: Journal) -> None:
+    def __init__(
+        self,
+        config: Config,
+        domains: Domains,
+        run_dir: Path,
+        device: torch.device,
+        journal: Journal,
+        limits: TimeLimits,
+    ) -> None:
         self.config = config
         self.domains = domains
         self.run_dir = run_dir
         self.store = CheckpointStore(run_dir / "checkpoints")
         self.device = device
         self.journal = journal
+        self.limits = limits
         self.precision = Precision.named(config.precision)
         self.state = RunState()
         self.saved_at = -1
@@ -125,6 +135,7 @@ class StreamRunner:
         self.grid: Grid = make_grid(self.config.stage_parallel(stage), self.device)
         aside = background_group(self.grid.members) if self.config.checkpoint.background else None
         self.store = CheckpointStore(self.store.folder, self.grid.everyone, aside)
+        self.limits.use(self.grid.parallel)
 
     def _make(self, spec: ModelSpec) -> None:
         optim = self.config.stage_optim(self.stage_of_layout)
@@ -159,6 +170,7 @@ class StreamRunner:
         return tensors | {f"optim.{name}": item for name, item in self.optimizer.tensors().items()}
 
     def _save(self, name: str | None = None) -> None:
+        self.limits.long()
         permanent = name is not None
         name = name or f"step-{self.state.global_step:08d}-{self.state.phase}"
         meta = {
@@ -192,6 +204,7 @@ class StreamRunner:
     def _begin_stage(self) -> None:
         """Growth, when the stage has one."""
         state = self.state
+        self.limits.long()
         if state.stage > 0:
             self._grow(state.stage)
         state.enter(RECOVER if self.config.stream[state.stage].recover.steps else TRAIN)
@@ -218,6 +231,7 @@ class StreamRunner:
 
     def _train_phase(self, stop: StopRequest) -> bool:
         """Trains to the end of the phase, or until asked to stop, which is what it returns."""
+        self.limits.long()
         state, config = self.state, self.config
         stage, phase = state.stage, state.phase
         steps = self._phase_steps(stage, phase)
@@ -247,6 +261,7 @@ class StreamRunner:
                 state.stage_flops += flops
                 seconds = time.perf_counter() - began
                 state.stage_seconds += seconds
+                self.limits.short()
                 self._log(result, factor, tokens, flops, seconds)
                 if state.step < steps:
                     self._between_steps(stage, phase)
@@ -312,6 +327,7 @@ class StreamRunner:
 
     def _finish_phase(self) -> None:
         state, config = self.state, self.config
+        self.limits.long()
         began = time.perf_counter()
         stage = state.stage
         checker = self.optimizer.checking_copy(self.precision)
@@ -357,6 +373,7 @@ class StreamRunner:
     def _evaluate(self, model: LanguageModel) -> dict[str, Any]:
         """Perplexity of every seen domain, AP and AP+; also a line of ``evals.jsonl``."""
         state = self.state
+        self.limits.long()
         ppl = self._perplexities(model, state.stage + 1, state.stage)
         current = self.config.stream[state.stage].domain
         scores = {

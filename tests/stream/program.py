@@ -1,7 +1,8 @@
 """The program itself, with a signal at an exact place of the stream: no test has to race with it.
 
 ``program.py STRIKE pretrain CONFIG ...`` runs ``elle-mp pretrain``, or another command. STRIKE is ``-`` or
-``RANK:SIGNAL[+SIGNAL]@PLACE=COUNT``: before the COUNT-th PLACE, RANK (or ``all``) sends itself the signals.
+``RANK:SIGNAL[+SIGNAL]@PLACE=COUNT``: before the COUNT-th PLACE, RANK (or ``all``) sends itself the signals. In the
+place of signals may stand one of ACTS, with an argument behind a slash. A rank that stops itself is killed later.
 ``program.py serve`` reads runs from standard input, forks for each, and prints its exit code.
 """
 
@@ -11,12 +12,16 @@ import json
 import os
 import signal
 import sys
+import time
 from typing import Any
+
+import torch
 
 import elle_mp.stream.grow_command as grow_command
 import elle_mp.stream.runner as runner
 from elle_mp.checkpoint.offline import OfflineGrowth
 from elle_mp.cli.main import main
+from elle_mp.errors import UserError
 from elle_mp.observe.journal import Journal
 
 PLACES: dict[str, tuple[Any, str]] = {
@@ -27,6 +32,48 @@ PLACES: dict[str, tuple[Any, str]] = {
     "block": (OfflineGrowth, "produce"),
     "close": (grow_command, "close_grown"),
 }
+
+
+KILLED_AFTER = 6
+"""Seconds that a stopped rank lasts."""
+
+
+def fail(_: Any, text: str) -> None:
+    """A fault in the program."""
+    raise RuntimeError(text)
+
+
+def mistake(_: Any, text: str) -> None:
+    """What a user has done wrong, and only this rank knows."""
+    raise UserError(text)
+
+
+def sleep(_: Any, seconds: str) -> None:
+    """Keeps the other ranks waiting."""
+    time.sleep(float(seconds))
+
+
+def flip(trainer: Any, name: str) -> None:
+    """Changes the lowest bit of the first entry of a parameter of this rank."""
+    values = trainer.optimizer.shards[name]
+    values.view(-1)[:1].view({4: torch.int32, 8: torch.int64}[values.element_size()]).bitwise_xor_(1)
+
+
+ACTS = {"fail": fail, "mistake": mistake, "sleep": sleep, "flip": flip}
+
+
+def act_on(act: str, owner: Any) -> None:
+    """Does what a strike says."""
+    name, _, argument = act.partition("/")
+    if name in ACTS:
+        ACTS[name](owner, argument)
+        return
+    if "SIGSTOP" in name and os.fork() == 0:
+        time.sleep(KILLED_AFTER)
+        os.kill(os.getppid(), signal.SIGKILL)
+        os._exit(0)
+    for number in name.split("+"):
+        os.kill(os.getpid(), getattr(signal, number))
 
 
 def prepare(strike: str) -> None:
@@ -41,8 +88,7 @@ def prepare(strike: str) -> None:
         nonlocal left
         left -= 1
         if left == 0 and rank in ("all", os.environ.get("RANK", "0")):
-            for number in signals.split("+"):
-                os.kill(os.getpid(), getattr(signal, number))
+            act_on(signals, args[0])
         return inner(*args, **kwargs)
 
     setattr(owner, method, outer)
@@ -67,7 +113,7 @@ def serve() -> list[str] | None:
 if __name__ == "__main__":
     given = sys.argv[1:]
     if given == ["serve"]:
-        import torch._dynamo  # noqa: F401  (which torch imports with the first DTensor, for most of a second)
+        import torch._dynamo
 
         import elle_mp.stream.run  # noqa: F401  (what the command imports when it starts)
 

@@ -1,0 +1,98 @@
+"""A rank that fails, dies, stops or falls behind: told once, first, by name, and the others end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.stream.program import KILLED_AFTER
+from tests.stream.runs import Ended, command, config_of, finish, reference, run, start, succeed
+
+pytestmark = pytest.mark.distributed
+
+LIMITS = ("parallel.step_timeout=2", "parallel.first_timeout=60")
+"""Between ordinary steps, of which the fifth is the first that anything is done in here."""
+
+
+def struck(folder: Path, strike: str, *overrides: str) -> tuple[Ended, float]:
+    """A run of two ranks that ends badly, and how long it took."""
+    config, began = config_of(reference("gpt")), time.monotonic()
+    ended = run(config, f"run.dir={folder}", *LIMITS, *overrides, ranks=2, strike=strike)
+    return ended, time.monotonic() - began
+
+
+def spoken(ended: Ended) -> str:
+    """The one line that all ranks together have to say."""
+    (line,) = ended.err.splitlines()
+    assert line.startswith("elle-mp: error: ")
+    return line.removeprefix("elle-mp: error: ")
+
+
+def the_file(folder: Path) -> str:
+    """What the ranks wrote of a hang."""
+    (path,) = folder.glob("hang-*.txt")
+    return path.read_text()
+
+
+def test_a_fault_is_told_once_with_its_traceback(tmp_path: Path) -> None:
+    ended, seconds = struck(tmp_path, "1:fail/this is it@step=5", "parallel.dp_replicate=2")
+    assert ended.code == 1
+    assert ended.err.count("Traceback") == 1
+    assert ended.err.splitlines()[-1] == "RuntimeError: this is it"
+    assert seconds < 20
+
+
+def test_a_mistake_that_one_rank_sees_is_one_line(tmp_path: Path) -> None:
+    ended, _ = struck(tmp_path, "1:mistake/you did it@step=5", "parallel.tp=2")
+    assert (ended.code, spoken(ended)) == (2, "you did it")
+
+
+@pytest.mark.parametrize(("rank", "line"), [("1", "rank 1 is gone (killed?)"), ("0", "rank 0, or what started it, is")])
+def test_a_killed_rank_is_named(rank: str, line: str, tmp_path: Path) -> None:
+    """Without torchrun the store dies with rank 0."""
+    ended, seconds = struck(tmp_path, f"{rank}:SIGKILL@step=5", "parallel.dp_shard=2")
+    assert spoken(ended).startswith(line)
+    assert seconds < 20
+
+
+def test_a_stopped_rank_is_named_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    ended, seconds = struck(tmp_path, "1:SIGSTOP@step=5", "parallel.dp_shard=2")
+    assert "rank 1 is stopped (SIGSTOP?); rank 0 waits in all_reduce #" in spoken(ended)
+    assert seconds < KILLED_AFTER + 5
+    told = the_file(tmp_path)
+    assert "=== rank 1 is stopped" in told
+    assert "=== rank 0, process" in told
+    assert "in _train_phase" in told
+    succeed(config_of(reference("gpt")), f"run.dir={tmp_path}", "parallel.dp_shard=2", ranks=2)
+
+
+@pytest.mark.parametrize("layout", ["tp", "pp"])
+def test_a_rank_that_falls_behind_is_named_with_its_place(layout: str, tmp_path: Path) -> None:
+    ended, seconds = struck(tmp_path, "1:sleep/60@step=5", f"parallel.{layout}=2")
+    assert ended.code == 1
+    line = spoken(ended)
+    assert "rank 1 never entered all_reduce #" in line
+    assert "it is in runner.py:" in line
+    assert str(tmp_path) in line
+    assert seconds < 20
+    told = the_file(tmp_path)
+    assert "=== rank 0" in told
+    assert "time.sleep(float(seconds))" in told[told.index("=== rank 1") :]
+
+
+def test_what_is_no_step_may_take_longer(tmp_path: Path) -> None:
+    """Evaluation on one rank, and at the end of a stage, with idle ranks that wait for all of it."""
+    config = config_of(reference("gpt"))
+    slow = run(config, f"run.dir={tmp_path}", *LIMITS, "parallel.tp=2", ranks=2, strike="0:sleep/4@evaluation=1")
+    assert (slow.code, slow.err) == (0, "")
+
+
+def test_torchrun_says_it_too(tmp_path: Path) -> None:
+    where = f"run.dir={tmp_path}"
+    arguments = command(str(config_of(reference("gpt"))), where, "parallel.tp=2", ranks=2, strike="0:SIGKILL@step=5")
+    ended = finish(start(arguments))
+    assert ended.code == 1
+    assert ended.err.splitlines()[0] == "elle-mp: error: rank 0 is gone (killed?)"
+    assert ended.err.count("elle-mp: error") == 1
