@@ -242,6 +242,8 @@ class ParallelConfig(Section):
     """What DeepSpeed shards: optimizer state; gradients, too; parameters, too."""
     offload: bool = False
     """Keep DeepSpeed's optimizer state in the host's memory and update it there."""
+    apex: bool = False
+    """Take NVIDIA apex's FusedAdam and FusedLayerNorm in place of torch's (GPUs; apex built with its kernels)."""
     reshard_after_forward: bool = True
     """Free gathered parameters between forward and backward (saves memory, gathers twice); ``zero_bubble`` and ``zbv``
     always keep them."""

@@ -19,6 +19,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from elle_mp.ops.apex import HOW, UNRELATED, what_is_wrong
+
 if TYPE_CHECKING:
     import torch
 
@@ -231,21 +233,12 @@ def check_nvcc() -> Row:
 
 
 def check_apex() -> Row:
-    """NVIDIA's apex, told apart from the package of that name on the registry, which is a web toolkit.
-
-    It is never imported: a stranger's package is judged by its files alone.
-    """
-    how = "for fused GPU kernels: build NVIDIA/apex from source with --cuda_ext"
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return Row("apex", "optional", "not installed", how)
-    folders = [Path(folder) for folder in spec.submodule_search_locations or []]
-    marks = ("multi_tensor_apply", "normalization/fused_layer_norm.py")
-    if not any((folder / mark).exists() for folder in folders for mark in marks):
-        return Row("apex", "optional", "an unrelated package, not NVIDIA's", f"pip uninstall apex; {how}")
-    if importlib.util.find_spec("amp_C") is None:
-        return Row("apex", "optional", "NVIDIA's, without its CUDA kernels", "rebuild it with --cuda_ext")
-    return Row("apex", "ok", "NVIDIA's, with CUDA kernels")
+    """NVIDIA's apex, told apart from the package of that name on the registry, which is a web toolkit."""
+    wrong = what_is_wrong()
+    if wrong is None:
+        return Row("apex", "ok", "NVIDIA's, with CUDA kernels", "parallel.apex=true takes them")
+    first = "pip uninstall apex; " if wrong == UNRELATED else ""
+    return Row("apex", "optional", wrong, f"{first}for its kernels on GPUs: {HOW}")
 
 
 def check_run_dir(run_dir: Path) -> Row:

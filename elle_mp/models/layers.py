@@ -12,6 +12,7 @@ from torch import Tensor
 from elle_mp.axes import Axis, Dim, ParamSpec, Role
 from elle_mp.models.spec import ModelSpec
 from elle_mp.ops.activations import gelu
+from elle_mp.ops.apex import load_apex
 from elle_mp.ops.attention import attention, packed_attention
 from elle_mp.ops.dropout import DropoutKey, dropout
 from elle_mp.ops.norms import layer_norm, rms_norm
@@ -77,6 +78,7 @@ class Norm(ShardedModule):
         super().__init__(grid, spec.axes, dtype)
         self.eps = spec.norm_eps
         self.rms = spec.rms_norm
+        self.apex = load_apex() if grid.parallel.apex else None
         gain = Role.HEAD_GAIN if in_front_of_table else Role.GAIN
         self.declare("weight", ParamSpec((Dim((Axis.EMBED,), gain),), value=1.0, decay=False))
         if not self.rms:
@@ -86,8 +88,8 @@ class Norm(ShardedModule):
     def forward(self, x: Tensor, shared: Pass) -> Tensor:
         """Normalises ``x [..., D]``."""
         if self.rms:
-            return rms_norm(x, self.local("weight"), self.eps)
-        return layer_norm(x, self.local("weight"), self.local("bias"), self.eps, shared.norm_stats)
+            return rms_norm(x, self.local("weight"), self.eps, self.apex)
+        return layer_norm(x, self.local("weight"), self.local("bias"), self.eps, shared.norm_stats, self.apex)
 
 
 class SubLayer(ShardedModule):

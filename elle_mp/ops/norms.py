@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elle_mp.ops.apex import Apex
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, stat_weights: Tensor | None = None) -> Tensor:
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, stat_weights: Tensor | None = None, apex: Apex | None = None
+) -> Tensor:
     """LayerNorm (arXiv 1607.06450) over the last dimension; statistics in fp32 (fp64 for fp64 input).
 
     Args:
@@ -18,18 +22,27 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, stat_weights
         stat_weights: ``[D]``, non-negative, of sum 1, a constant (no gradient). Then the mean is ``sum w x``
             and the variance ``sum w (x - mean)^2``: the count-weighted statistics that keep a grown LayerNorm
             exact (growth.md, section 1.1). ``None`` is the ordinary ``w = 1 / D``.
+        apex: whose kernel is taken for ordinary statistics; torch's without.
 
     Returns:
         ``[..., D]`` in the type of ``x``.
     """
     if stat_weights is None:
-        return F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), bias.to(x.dtype), eps)
+        if apex is None:
+            return F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), bias.to(x.dtype), eps)
+        return apex.layer_norm(x, weight.to(x.dtype), bias.to(x.dtype), (x.shape[-1],), eps)
     out: Tensor = _WeightedLayerNorm.apply(x, weight, bias, stat_weights, eps)
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm (arXiv 1910.07467) over the last dim of ``x [..., D]``; statistics in fp32 (fp64 for fp64)."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, apex: Apex | None = None) -> Tensor:
+    """RMSNorm (arXiv 1910.07467) over the last dim of ``x [..., D]``; statistics in fp32 (fp64 for fp64).
+
+    Args:
+        apex: whose kernel is taken; ours without.
+    """
+    if apex is not None:
+        return apex.rms_norm(x, weight.to(x.dtype), (x.shape[-1],), eps)
     out: Tensor = _RmsNorm.apply(x, weight, eps)
     return out
 

@@ -37,7 +37,7 @@ from elle_mp.parallel.mesh import Grid
 from elle_mp.parallel.sequence import partial_parameters
 from elle_mp.parallel.sharding import local_tensor, my_bounds, named_specs
 from elle_mp.train.entries import ShardFactors, shard_factors
-from elle_mp.train.optimizer import NO_GROWTH, ShardedAdamW
+from elle_mp.train.optimizer import NO_GROWTH, ShardedAdamW, inner_optimizer
 
 WEIGHT, FIRST, SECOND = "weight", "exp_avg", "exp_avg_sq"
 """What ZeRO shards of every parameter."""
@@ -133,9 +133,7 @@ class ZeroAdamW(ShardedAdamW):
             )
             self.factors[key] = shard_factors(factors.get(name), self.shapes[name], weight.bounds, weight.values)
             self.decay[key] = optim.weight_decay if self._decays(name, optim) else 0.0
-        self.inner = torch.optim.AdamW(
-            self._groups() or [{"params": []}], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
-        )
+        self.inner = inner_optimizer(self._groups() or [{"params": []}], optim, self.grid.parallel.apex)
         for key, state in self.moments.items():
             self.inner.state[self.shards[key]] = {
                 "step": state.step,

@@ -17,10 +17,12 @@ from elle_mp.growth.factors import After, Factors
 from elle_mp.models.build import Precision, checking_copy
 from elle_mp.models.declarations import declarations
 from elle_mp.models.pipeline import LanguageModel, copy_tied
+from elle_mp.ops.apex import load_apex
 from elle_mp.parallel.data_parallel import synchronise_gradients
 from elle_mp.parallel.mesh import Grid
 from elle_mp.parallel.sequence import sum_partial_gradients
 from elle_mp.parallel.sharding import copies_of, initialise, local_tensor, my_bounds, named_specs
+from elle_mp.train.apex import ApexAdamW
 from elle_mp.train.entries import Age, Settings, ShardFactors, shard_factors, step_by_entry
 
 NO_GROWTH = After()
@@ -53,7 +55,7 @@ class ShardedAdamW:
         self.eps = optim.eps
         self.decay = {name: optim.weight_decay if self._decays(name, optim) else 0.0 for name in self.shards}
         self.factors = self._cut(model, factors or {})
-        self.inner = torch.optim.AdamW(self._groups(), lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        self.inner = inner_optimizer(self._groups(), optim, self.grid.parallel.apex)
         self.moments: dict[str, Moments] = {}
         for name, item in self.shards.items():
             state = Moments(
@@ -203,6 +205,14 @@ class ShardedAdamW:
             out[f"{name}.exp_avg"] = _like(self.parameters[name], state.first)
             out[f"{name}.exp_avg_sq"] = _like(self.parameters[name], state.second)
         return out
+
+
+def inner_optimizer(groups: list[dict[str, Any]], optim: OptimConfig, apex: bool) -> torch.optim.Optimizer:
+    """What updates the parameters of ``groups``, each with its ``weight_decay`` and ``eps``: torch's fused AdamW or
+    apex's."""
+    if apex:
+        return ApexAdamW(load_apex(), groups, optim.betas)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def _like(parameter: Tensor, local: Tensor) -> Tensor:
