@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,8 @@ from elle_mp.parallel.sharding import named_specs
 
 BUCKET = 1 << 25
 """Entries that DeepSpeed reduces or gathers at a time, unless one parameter has more."""
+LIVE_BUCKETS = 2
+"""Buckets of gathered entries that stage 3 keeps for the next use."""
 
 
 def load_deepspeed() -> ModuleType:
@@ -219,11 +221,16 @@ def _is_stage_3(engine: Any) -> bool:
     return int(engine.zero_optimization_stage()) == 3
 
 
+def bucket_size(sizes: Sequence[int]) -> int:
+    """Numbers that are reduced or gathered together, for parameters of the given sizes."""
+    return min(sum(sizes), max(BUCKET, *sizes))
+
+
 def settings(model: nn.Module, grid: Grid) -> Mapping[str, Any]:
     """DeepSpeed's configuration for a layout."""
     sizes = [parameter.numel() for parameter in model.parameters()]
     low = next(model.parameters()).dtype == torch.bfloat16
-    bucket = min(sum(sizes), max(BUCKET, *sizes))
+    bucket = bucket_size(sizes)
     stage = grid.parallel.zero_stage
     if low and stage == 1:
         # For bf16 DeepSpeed's stage 1 is another optimizer, whose parts are laid out in other ways.
@@ -235,7 +242,7 @@ def settings(model: nn.Module, grid: Grid) -> Mapping[str, Any]:
         "allgather_bucket_size": bucket + bucket % 2,
         "stage3_prefetch_bucket_size": bucket,
         "stage3_param_persistence_threshold": 0,
-        "stage3_max_live_parameters": 2 * bucket,
+        "stage3_max_live_parameters": LIVE_BUCKETS * bucket,
         "sub_group_size": sum(sizes) + 1,
     }
     if grid.parallel.offload:

@@ -16,7 +16,8 @@ from torch.distributed.pipelining import schedules
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elle_mp.config import ParallelConfig
+from elle_mp.config import OptimConfig, ParallelConfig
+from elle_mp.data.batches import Batch
 from elle_mp.models.build import Precision, empty_model
 from elle_mp.models.spec import ModelSpec
 from elle_mp.models.transformer import Transformer
@@ -28,6 +29,8 @@ from elle_mp.observe.planning.traffic import rank_traffic
 from elle_mp.ops.dropout import DropoutKey
 from elle_mp.parallel.data_parallel import synchronise_gradients
 from elle_mp.parallel.sharding import initialise, local_tensor
+from elle_mp.train.engine import make_optimizer
+from elle_mp.train.trainer import Trainer
 from tests.distributed_utils import run_distributed
 from tests.tiny import FAMILIES, grid, optimizer_of, spec_of
 
@@ -278,3 +281,29 @@ def test_replicas_send_their_gradients_once() -> None:
     for measured, said in run_distributed(step_traffic, 2, "gpt", "bf16", {"dp_replicate": 2}, {}):
         assert measured == {"dp_replicate": said.dp_replicas}
         assert said.total == said.dp_replicas
+
+
+def zero_traffic(stage: int, precision: str) -> Any:
+    """Bytes that this rank sends in a step of two micro-batches under DeepSpeed, measured and said."""
+    spec = sized("gpt")
+    place = grid(dp_shard=2, engine="deepspeed", zero_stage=stage)
+    optimizer = make_optimizer(spec, place, Precision.named(precision), OptimConfig())
+    optimizer.initialise(1)
+    trainer = Trainer(optimizer.model.train(), optimizer, 2, 1)
+    rows = [torch.randint(3, 300, (ROWS, spec.text_length)) for _ in range(2)]
+    batch = Batch(*rows, torch.zeros(ROWS, dtype=torch.int64), torch.arange(ROWS))
+    trainer.step(batch, 1.0)  # stage 3 learns the order of its parameters
+    with Sent({}) as sent:
+        trainer.step(batch, 1.0)
+    layout = place.parallel
+    setting = make_setting(spec, layout, replicas=1, batch=2 * ROWS, micro=2, precision=precision, device="cpu")
+    optimizer.release()
+    return sum(sent.bytes.values()), rank_traffic(setting, 0).total
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_zero_s_traffic_is_what_is_said(stage: int, precision: str) -> None:
+    """But for paddings, and single numbers that ranks agree on."""
+    for measured, said in run_distributed(zero_traffic, 2, stage, precision):
+        assert said == pytest.approx(measured, rel=0.01)

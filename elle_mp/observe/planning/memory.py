@@ -10,6 +10,7 @@ from elle_mp.models.pipeline import stage_of
 from elle_mp.observe.planning.activations import head_working_bytes, recomputed_bytes, stage_bytes
 from elle_mp.observe.planning.schedules import most_kept
 from elle_mp.observe.planning.setting import Setting
+from elle_mp.parallel.deepspeed import LIVE_BUCKETS, bucket_size
 
 STEP_BYTES = 4
 """Adam's step count of a parameter, one fp32 number."""
@@ -77,6 +78,11 @@ def numbers_of(setting: Setting, names: Iterable[str]) -> Numbers:
         rest = prod(shape[1:])
         total += Numbers(chunk * setting.shard * rest, chunk * rest, 1)
     return total
+
+
+def most_live(setting: Setting) -> int:
+    """Gathered numbers that DeepSpeed's stage 3 keeps for the next use."""
+    return LIVE_BUCKETS * bucket_size([numbers_of(setting, [name]).whole for name in setting.specs])
 
 
 def units_of(setting: Setting, rank: int) -> tuple[Numbers, list[Numbers]]:
@@ -150,15 +156,17 @@ def _deepspeed(setting: Setting, total: Numbers) -> dict[str, int]:
     whole = total.whole
     share = ceil(whole / ranks)
     state = 3 * share * setting.master
+    bucket = most_live(setting) // LIVE_BUCKETS
     offload = setting.parallel.offload
     return {
         "numbers": share,
         "masters": 0 if offload else share * setting.master,
         "optimizer": 0 if offload else 2 * share * setting.master,
         "host": state if offload else 0,
-        "gradients": (whole if stage == 1 else share) * setting.compute,
-        "gathered": (share if stage == 3 else whole) * setting.compute,
-        "buffers": 0,
+        "gradients": (whole if stage == 1 else share) * setting.master,
+        "gathered": (share + min(whole, LIVE_BUCKETS * bucket) if stage == 3 else whole) * setting.compute,
+        # The bucket that gradients are reduced in, as they come and in the type of the reduction.
+        "buffers": bucket * (setting.compute + setting.master),
     }
 
 

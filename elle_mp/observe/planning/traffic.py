@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elle_mp.models.pipeline import stage_of
-from elle_mp.observe.planning.memory import Numbers, numbers_of, units_of
+from elle_mp.observe.planning.memory import Numbers, most_live, numbers_of, units_of
 from elle_mp.observe.planning.setting import Setting
 
 
@@ -112,9 +112,13 @@ def _data_parallel(setting: Setting, root: Numbers, layers: list[Numbers]) -> tu
     total, inner = sum(layers, root), sum(layers, Numbers())
     count, shard, replicas = setting.micro_batches, setting.shard, setting.replicas
     if setting.parallel.engine == "deepspeed":
-        ranks, size = shard * replicas, total.whole * setting.compute
-        gathers = 2 * count if setting.parallel.zero_stage == 3 else 1
-        return gathers * _share(size, ranks), _share(size, ranks), 0
+        # Gradients go in fp32, with every micro-batch but where the rank keeps all of them, and through an all-reduce of
+        # buckets but in stage 3.
+        ranks, stage = shard * replicas, setting.parallel.zero_stage
+        gathers = count * (1 if total.whole <= most_live(setting) else 2) if stage == 3 else 1
+        reductions = (1 if stage == 1 and setting.compute == setting.master else count) * (1 if stage == 3 else 2)
+        size = total.whole * setting.compute
+        return gathers * _share(size, ranks), reductions * _share(total.whole * setting.master, ranks), 0
     again = setting.parallel.reshard_after_forward
     # Every micro-batch gathers anew: a backward pass frees what it used.
     gathered = total.whole + (inner.whole if again else 0)
