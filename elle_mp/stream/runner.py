@@ -33,6 +33,7 @@ from elle_mp.stream.lifelong import average_increased_perplexity, average_perple
 from elle_mp.stream.run_directory import restore_results
 from elle_mp.stream.state import BEGIN, DONE, RunState
 from elle_mp.train.engine import make_optimizer
+from elle_mp.train.equality import EqualityCheck
 from elle_mp.train.optimizer import ShardedAdamW
 from elle_mp.train.rates import after_growth, rewarm_factor
 from elle_mp.train.schedules import rate_factor
@@ -66,6 +67,7 @@ class StreamRunner:
         self.precision = Precision.named(config.precision)
         self.state = RunState()
         self.saved_at = -1
+        self.check_equal = EqualityCheck()
         self.trouble: UserError | None = None
         self.waiting_room = WaitingRoom()
         self._open()
@@ -171,6 +173,7 @@ class StreamRunner:
 
     def _save(self, name: str | None = None) -> None:
         self.limits.long()
+        self.check_equal(self.optimizer, self.state.global_step, always=True)
         permanent = name is not None
         name = name or f"step-{self.state.global_step:08d}-{self.state.phase}"
         meta = {
@@ -263,6 +266,7 @@ class StreamRunner:
                 state.stage_seconds += seconds
                 self.limits.short()
                 self._log(result, factor, tokens, flops, seconds)
+                self.check_equal(self.optimizer, state.global_step)
                 if state.step < steps:
                     self._between_steps(stage, phase)
                 if result.stop or state.step == steps:

@@ -82,10 +82,22 @@ def test_a_rank_that_falls_behind_is_named_with_its_place(layout: str, tmp_path:
     assert "time.sleep(float(seconds))" in told[told.index("=== rank 1") :]
 
 
+def test_a_replica_that_drifts_ends_the_run_before_it_is_saved(tmp_path: Path) -> None:
+    """Four ranks: the two tensor-parallel halves are checked apart, and one of them finds nothing."""
+    one, checked = reference("gpt"), ("parallel.tp=2", "parallel.dp_replicate=2", "parallel.check_every=4")
+    strike = "2:flip/layers.0.mlp.in_weight@step=5"
+    ended = run(config_of(one), f"run.dir={tmp_path}", *checked, ranks=4, strike=strike)
+    assert ended.code == 2
+    # Before the checkpoint of step 6; the flipped bit has been trained with, but gradients are summed over replicas.
+    assert spoken(ended).startswith(
+        "after step 6 layers.0.mlp.in_weight is not the same over parallel.dp_replicate: rank 2 differs from rank 0; "
+    )
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step-00000003-train"
+
+
 def test_what_is_no_step_may_take_longer(tmp_path: Path) -> None:
-    """Evaluation on one rank, and at the end of a stage, with idle ranks that wait for all of it."""
     config = config_of(reference("gpt"))
-    slow = run(config, f"run.dir={tmp_path}", *LIMITS, "parallel.tp=2", ranks=2, strike="0:sleep/4@evaluation=1")
+    slow = run(config, f"run.dir={tmp_path}", *LIMITS, "parallel.tp=2", ranks=2, strike="0:sleep/3@evaluation=1")
     assert (slow.code, slow.err) == (0, "")
 
 

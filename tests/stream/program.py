@@ -54,9 +54,9 @@ def sleep(_: Any, seconds: str) -> None:
 
 
 def flip(trainer: Any, name: str) -> None:
-    """Changes the lowest bit of the first entry of a parameter of this rank."""
+    """Changes one bit of the first entry of a parameter of this rank, high enough to survive a step's rounding."""
     values = trainer.optimizer.shards[name]
-    values.view(-1)[:1].view({4: torch.int32, 8: torch.int64}[values.element_size()]).bitwise_xor_(1)
+    values.view(-1)[:1].view({4: torch.int32, 8: torch.int64}[values.element_size()]).bitwise_xor_(1 << 16)
 
 
 ACTS = {"fail": fail, "mistake": mistake, "sleep": sleep, "flip": flip}
