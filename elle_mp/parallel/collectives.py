@@ -16,6 +16,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+# torch 2.13 has new names for them and warns of the old ones, which torch 2.11 wants.
+_gather_into = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+_scatter_into = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+
 Runs = tuple[range, ...]
 """Positions of a sequence: contiguous runs, ascending."""
 
@@ -211,7 +215,7 @@ class _Joining:
         # Kept until the end: it is being read.
         self.source = x.contiguous()
         self.out = x.new_empty(dist.get_world_size(group), *x.shape)
-        self.work = dist.all_gather_into_tensor(self.out.flatten(0, 1), self.source, group=group, async_op=True)
+        self.work = _gather_into(self.out.flatten(0, 1), self.source, group=group, async_op=True)
 
     def parts(self) -> Tensor:
         """``[n, B, S / n, ...]``."""
@@ -238,7 +242,7 @@ class _ReduceScattering:
             self.work = dist.all_to_all_single(self.out, parts, group=group, async_op=True)
         else:
             self.out = parts.new_empty(parts.shape[1:])
-            self.work = dist.reduce_scatter_tensor(self.out, parts.flatten(0, 1), group=group, async_op=True)
+            self.work = _scatter_into(self.out, parts.flatten(0, 1), group=group, async_op=True)
 
     def finish(self) -> Tensor:
         """``[...]``, one part."""

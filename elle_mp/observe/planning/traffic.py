@@ -112,7 +112,7 @@ def _data_parallel(setting: Setting, root: Numbers, layers: list[Numbers]) -> tu
     total, inner = sum(layers, root), sum(layers, Numbers())
     count, shard, replicas = setting.micro_batches, setting.shard, setting.replicas
     if setting.parallel.engine == "deepspeed":
-        # Gradients go in fp32, with every micro-batch but where the rank keeps all of them, and through an all-reduce of
+        # Gradients go in fp32, with every micro-batch but where a rank keeps all of them, and by an all-reduce of
         # buckets but in stage 3.
         ranks, stage = shard * replicas, setting.parallel.zero_stage
         gathers = count * (1 if total.whole <= most_live(setting) else 2) if stage == 3 else 1
