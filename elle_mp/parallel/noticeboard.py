@@ -58,17 +58,17 @@ class Noticeboard:
         self._put("process", asdict(Process.mine()))
 
     def check(self) -> None:
-        """Looks whether rank 0, which keeps the store unless torchrun does, is there: torch would say at length that
-        it is not.
+        """Looks whether rank 0, which keeps the store unless torchrun does, can answer: torch would wait for it, and
+        say at length that it does not.
 
         Raises:
-            DistError: it is gone.
+            DistError: it is gone or stopped.
         """
         if LAUNCHERS_STORE in os.environ or self._rank == 0:
             return
         self._kept_by = self._kept_by or self.process(0)
-        if self._kept_by is not None and self._kept_by.state == "gone":
-            raise dist.DistError("rank 0 is gone, and the ranks' store with it")
+        if self._kept_by is not None and self._kept_by.state in ("gone", "stopped"):
+            raise dist.DistError("rank 0 does not answer, nor does the ranks' store")
 
     def sign_out(self) -> None:
         """Says that this rank ends and looks here no more. Rank 0, if it keeps the store, lets the others go first."""

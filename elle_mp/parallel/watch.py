@@ -137,9 +137,10 @@ class Watch:
                         self._investigate(board, incident)
                         board.close_incident()
             except dist.DistError:
-                incident = None if self._stuck() is None else Incident("hang", self._rank, FAILED)
-                if incident is not None:
+                if self._stuck() is not None:
                     self._write_alone()
+                    leave(FAILED)
+                continue
             if incident is not None and not self._over.is_set():
                 self._leave(incident)
 

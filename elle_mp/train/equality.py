@@ -143,8 +143,8 @@ def _compare(alike: Alike, step: int, device: torch.device) -> None:
     dist.all_gather_object(everyones, mine, group=alike.group)
     found = [(rank, *item) for rank, items in zip(ranks_of(alike.group), everyones, strict=True) for item in items]
     more = f" and {len(wrong) - 1} other tensors" if len(wrong) > 1 else ""
-    ranks, values = [rank for rank, *_ in found], [value for *_, value in found]
-    who = f"the copies on rank {ranks[0]} differ" if len(set(ranks)) == 1 else disagreement(values, ranks)
+    ranks, theirs = [rank for rank, *_ in found], [value for *_, value in found]
+    who = f"the copies on rank {ranks[0]} differ" if len(set(ranks)) == 1 else disagreement(theirs, ranks)
     raise UserError(
         f"after step {step} {found[0][1]}{more} is not the same over {alike.over}: {who}; memory, a kernel or the "
         "program is at fault there. The last checkpoint is intact: run the same command again to go on from it"

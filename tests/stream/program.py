@@ -22,10 +22,12 @@ import elle_mp.stream.runner as runner
 from elle_mp.checkpoint.offline import OfflineGrowth
 from elle_mp.cli.main import main
 from elle_mp.errors import UserError
+from elle_mp.models.transformer import Transformer
 from elle_mp.observe.journal import Journal
 
 PLACES: dict[str, tuple[Any, str]] = {
     "step": (runner.Trainer, "step"),
+    "micro": (Transformer, "forward"),
     "grew": (Journal, "grew"),
     "evaluation": (Journal, "evaluation"),
     "results": (Journal, "results"),
