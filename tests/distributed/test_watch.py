@@ -40,7 +40,9 @@ def the_file(folder: Path) -> str:
 def test_a_fault_is_told_once_with_its_traceback(tmp_path: Path) -> None:
     ended, seconds = struck(tmp_path, "1:fail/this is it@step=5", "parallel.dp_replicate=2")
     assert ended.code == 1
+    assert ended.err.startswith("Traceback")
     assert ended.err.count("Traceback") == 1
+    assert "elle-mp: error" not in ended.err
     assert ended.err.splitlines()[-1] == "RuntimeError: this is it"
     assert seconds < 20
 
