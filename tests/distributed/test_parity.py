@@ -48,16 +48,21 @@ ZERO: dict[str, dict[str, Any]] = {
     "zero 3": {"engine": "deepspeed", "zero_stage": 3, "dp_shard": 2},
     "zero 1 x tp2": {"engine": "deepspeed", "zero_stage": 1, "tp": 2, "dp_shard": 2},
 }
-LAYOUTS = FSDP | (ZERO if importlib.util.find_spec("deepspeed") else {})
+MORE: dict[str, dict[str, Any]] = {
+    "pp3": {"pp": 3},
+    "pp2 x dp_replicate2": {"pp": 2, "dp_replicate": 2},
+}
+LAYOUTS = FSDP | MORE | (ZERO if importlib.util.find_spec("deepspeed") else {})
 
 Case = tuple[str, str, str]
 """Family, precision, layout."""
 
 EVERY: list[Case] = [(family, "fp64", layout) for family in FAMILIES for layout in FSDP]
-EVERY += [(family, "fp32", layout) for family in FAMILIES for layout in LAYOUTS if layout not in FSDP]
+EVERY += [(family, "fp32", layout) for family in FAMILIES for layout in LAYOUTS if layout in ZERO]
+EVERY += [("gpt", "fp64", layout) for layout in MORE]
 # Rounding needs every layout and every family, but not each with each.
 EVERY += [(FAMILIES[index % 3], "fp32", layout) for index, layout in enumerate(FSDP)]
-EVERY += [(FAMILIES[(index + 1) % 3], "bf16", layout) for index, layout in enumerate(LAYOUTS)]
+EVERY += [(FAMILIES[(index + 1) % 3], "bf16", layout) for index, layout in enumerate(LAYOUTS) if layout not in MORE]
 
 TOLERANCES = {"fp64": 1e-9, "fp32": 1e-4}
 
@@ -149,6 +154,7 @@ GROUPS = {f"{family} fp64 {ranks}": group("fp64", [family], ranks) for family in
 GROUPS |= {
     f"{precision} {ranks}": group(precision, FAMILIES, ranks) for precision in ("fp32", "bf16") for ranks in (2, 4)
 }
+GROUPS["3"] = [case for case in EVERY if ranks_of(case[2]) == 3]
 GROUPS["8"] = [case for case in EVERY if ranks_of(case[2]) == 8]
 
 
@@ -165,6 +171,8 @@ def test_every_layout_trains_as_one_process_does(name: str) -> None:
         if "pp" in LAYOUTS[layout]:
             before, after = (sorted(part for rank in told for part in rank.layers[when]) for when in (0, 1))
             assert len({len(part) for part in after}) > 1, "stages are uneven"
+            if layout == "1f1b":
+                assert any(rank.received for rank in told), "a layer changed its rank"
             if layout == "split by hand":
                 assert before == [[0], [1, 2, 3]]
     assert wrong == []

@@ -55,17 +55,22 @@ def global_batch(step: int) -> Batch:
     return Batch(tokens, targets, domain, torch.arange(ROWS) + ROWS * step)
 
 
+def forget_deepspeed() -> None:
+    """Lets DeepSpeed, which keeps the process groups of the pool's last call and numbers modules and parameters from
+    there, start anew: some processes of the pool have seen more of them than others."""
+    deepspeed = load_deepspeed()
+    offload = importlib.import_module("deepspeed.runtime.zero.parameter_offload").DeepSpeedZeRoOffload
+    offload._register_deepspeed_module.__defaults__[0][0] = 0
+    deepspeed.zero.Init.param_id = 0
+    deepspeed.comm.comm.cdb = None
+    deepspeed.utils.groups.mpu = None
+    deepspeed.utils.groups._WORLD_GROUP = None
+
+
 def fresh_grid(layout: Mapping[str, Any]) -> Grid:
-    """A grid; DeepSpeed, which keeps the process groups of the pool's last call and numbers modules and parameters
-    from there, starts anew (some processes of the pool have seen more of them than others)."""
+    """A grid, whatever ran before in this process."""
     if layout.get("engine") == "deepspeed":
-        deepspeed = load_deepspeed()
-        offload = importlib.import_module("deepspeed.runtime.zero.parameter_offload").DeepSpeedZeRoOffload
-        offload._register_deepspeed_module.__defaults__[0][0] = 0
-        deepspeed.zero.Init.param_id = 0
-        deepspeed.comm.comm.cdb = None
-        deepspeed.utils.groups.mpu = None
-        deepspeed.utils.groups._WORLD_GROUP = None
+        forget_deepspeed()
     return grid(**layout)
 
 
