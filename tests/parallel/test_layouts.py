@@ -1,4 +1,4 @@
-"""Every layout trains the same model: losses, gradient norms, every gradient and every weight, through a growth."""
+"""Every layout draws the same weights and grows them alike (that it trains alike: tests/distributed/test_parity.py)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from elle_mp.data.batches import Batch
 from elle_mp.models.build import Precision, empty_model
-from elle_mp.models.transformer import IGNORED
 from elle_mp.parallel.sharding import initialise
-from elle_mp.train.trainer import Trainer, rows_of
 from tests.distributed_utils import run_distributed
 from tests.tiny import (
     FAMILIES,
-    TEXT,
     apply,
     config_of,
-    gradients,
     grid,
     model_of,
     moments,
@@ -27,13 +22,9 @@ from tests.tiny import (
     plan_of,
     scatter_moments,
     spec_of,
-    text,
     weights,
 )
 
-ROWS, STEPS = 4, 10
-COMPARED = (0, 1, 2, 9, 10, 11, 12, 19)
-"""Steps whose gradients are compared: around both starts and at both ends, some with rows that predict nothing."""
 LAYOUTS = {
     "tp2": {"tp": 2},
     "dp_shard2": {"dp_shard": 2},
@@ -42,92 +33,6 @@ LAYOUTS = {
 }
 RANKS = {name: prod(layout.values()) for name, layout in LAYOUTS.items()}
 GROW = {"layers": 3, "heads": 6, "mlp": 60}
-
-
-def global_batch(step: int) -> Batch:
-    """Targets unevenly spread: the first rows predict almost nothing, and in every third step nothing at all."""
-    tokens, domain, targets = text(ROWS, seed=step)
-    targets[0, 1:] = IGNORED
-    targets[1, TEXT // 2 :] = IGNORED
-    if step % 3 == 0:
-        targets[: ROWS // 2] = IGNORED
-    return Batch(tokens, targets, domain, torch.arange(ROWS) + ROWS * step)
-
-
-def run(family: str, layout: dict[str, int], dropout: float) -> dict[str, Any]:
-    """Twenty steps with a growth in the middle; what rank 0 saw, tensors whole."""
-    place = grid(**layout)
-    config = config_of(family, dropout=dropout)
-    model = model_of(spec_of(family, dropout=dropout), place, spread=0.05)
-    optimizer = optimizer_of(model, lr=3e-3)
-    seen: dict[str, Any] = {"loss": [], "norm": [], "gradients": {}, "first weights": weights(model)}
-    for step in range(2 * STEPS):
-        if step == STEPS:
-            plan, _ = plan_of(model.spec, config.model, GROW)
-            model, optimizer, _ = apply(plan, model, optimizer.moments, lr=3e-3)
-        trainer = Trainer(model, optimizer, micro=1, dropout_seed=3)
-        inner = optimizer.step
-
-        def recording(factor: float, after: Any, inner: Any = inner, model: Any = model, step: int = step) -> float:
-            if step in COMPARED:
-                seen["gradients"][step] = gradients(model)
-            return inner(factor, after)
-
-        optimizer.step = recording  # type: ignore[method-assign]
-        first, last = rows_of(place, ROWS)
-        result = trainer.step(global_batch(step).rows(first, last), 1.0)
-        optimizer.step = inner  # type: ignore[method-assign]
-        seen["loss"].append(result.loss)
-        seen["norm"].append(result.grad_norm)
-    seen["weights"] = weights(model)
-    # Every rank has gathered the same tensors: one copy goes to the test.
-    if torch.distributed.get_rank() > 0:
-        return {key: seen[key] for key in ("loss", "norm")}
-    return seen
-
-
-CASES = [("gpt", 0.0, name) for name in LAYOUTS]
-CASES += [("bert", 0.1, "tp2"), ("bert", 0.1, "tp2 x dp_shard2"), ("bert", 0.0, "dp_shard2")]
-CASES += [("llama", 0.1, "tp2"), ("llama", 0.0, "dp_shard2"), ("llama", 0.0, "tp2 x dp_shard2")]
-CASES += [("gpt", 0.1, "tp2 x dp_shard2")]
-
-
-@pytest.fixture(scope="module")
-def one_process() -> Any:
-    """The same run on one rank, once for each family and dropout."""
-    known: dict[tuple[str, float], dict[str, Any]] = {}
-
-    def get(family: str, dropout: float) -> dict[str, Any]:
-        if (family, dropout) not in known:
-            known[family, dropout] = run_distributed(run, 1, family, {}, dropout)[0]
-        return known[family, dropout]
-
-    return get
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(("family", "dropout", "layout"), CASES)
-def test_every_gradient_is_that_of_one_process(family: str, dropout: float, layout: str, one_process: Any) -> None:
-    wanted = one_process(family, dropout)
-    ranks = run_distributed(run, RANKS[layout], family, LAYOUTS[layout], dropout)
-    for got in ranks:
-        assert got["loss"] == pytest.approx(wanted["loss"], rel=1e-9)
-        assert got["norm"] == pytest.approx(wanted["norm"], rel=1e-9)
-    got = ranks[0]
-    assert len(got["loss"]) == 2 * STEPS and tuple(got["gradients"]) == COMPARED
-    for step, theirs in wanted["gradients"].items():
-        ours = got["gradients"][step]
-        assert ours.keys() == theirs.keys()
-        assert got["norm"][step] == pytest.approx(float(sum(g.square().sum() for g in ours.values())) ** 0.5, rel=1e-12)
-        for name, gradient in theirs.items():
-            # A tensor whose gradient cancels to almost nothing is held to the scale of the others.
-            largest = max(float(gradient.abs().max()), 1e-3 * max(float(g.abs().max()) for g in theirs.values()))
-            assert float((ours[name] - gradient).abs().max()) <= 1e-9 * largest, name
-    for name, weight in wanted["weights"].items():
-        assert float((got["weights"][name] - weight).abs().max()) <= 1e-9 * float(weight.abs().max()), name
-        # What is drawn is drawn by global index: equal to the last bit, before any step.
-        if name in wanted["first weights"]:
-            assert torch.equal(got["first weights"][name], wanted["first weights"][name]), name
 
 
 def grown_tensors(

@@ -178,16 +178,14 @@ def test_sums_of_bf16_are_rounded_once() -> None:
 # --- training ---
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "sp tp2": {"tp": 2, "sequence_parallel": True},
     "sp tp4": {"tp": 4, "sequence_parallel": True},
-    "cp2": {"cp": 2},
     "cp2 x sp tp2": {"cp": 2, "tp": 2, "sequence_parallel": True},
     "cp2 x dp_shard2": {"cp": 2, "dp_shard": 2},
     "sp tp2, recomputed": {"tp": 2, "sequence_parallel": True, "recompute": "full"},
     "pp2 x sp tp2": {"pp": 2, "tp": 2, "sequence_parallel": True},
     "pp2 x cp2": {"pp": 2, "cp": 2},
 }
-CASES = [(family, layout) for family in ("gpt", "bert", "llama") for layout in list(LAYOUTS)[:4]]
+CASES = [(family, layout) for family in ("gpt", "bert", "llama") for layout in list(LAYOUTS)[:2]]
 CASES += [("gpt", "cp2 x dp_shard2"), ("bert", "sp tp2, recomputed"), ("gpt", "pp2 x sp tp2"), ("llama", "pp2 x cp2")]
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO against FSDP2's one rank: losses, norms, weights, checkpoints, growth."""
+"""DeepSpeed's ZeRO against FSDP2's one rank: losses, norms, weights, checkpoints (growth: test_parity.py)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from elle_mp.checkpoint.shards import Blocks
 from elle_mp.checkpoint.store import CheckpointStore
 from elle_mp.config import OptimConfig
 from elle_mp.errors import UserError
-from elle_mp.growth.apply import grow_on_shards
 from elle_mp.growth.factors import After, Factors
 from elle_mp.models.build import Precision, empty_model
 from elle_mp.models.transformer import IGNORED, Transformer
 from elle_mp.parallel.deepspeed import load_deepspeed
 from elle_mp.parallel.mesh import Grid
 from elle_mp.parallel.sharding import initialise, named_specs
-from elle_mp.train.deepspeed import ZeroAdamW, grow_zero, hollow_model, sharded_twin
+from elle_mp.train.deepspeed import ZeroAdamW, hollow_model, sharded_twin
 from elle_mp.train.optimizer import ShardedAdamW
+from tests.distributed.training import fresh_grid
 from tests.distributed_utils import run_distributed
-from tests.tiny import config_of, grid, moments, plan_of, spec_of, text, weights
+from tests.tiny import grid, moments, spec_of, text, weights
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
@@ -39,19 +39,6 @@ ROWS, MICRO, SEED = 8, 2, 3
 
 Numbers = list[tuple[float, float]]
 Result = tuple[Numbers, dict[str, Tensor]]
-
-
-def zero_grid(**parallel: Any) -> Grid:
-    """A grid of DeepSpeed's engine, which keeps the process groups of the pool's last call, and numbers modules and
-    parameters: some processes of the pool have seen more of them than others."""
-    deepspeed = load_deepspeed()
-    offload = importlib.import_module("deepspeed.runtime.zero.parameter_offload").DeepSpeedZeRoOffload
-    offload._register_deepspeed_module.__defaults__[0][0] = 0
-    deepspeed.zero.Init.param_id = 0
-    deepspeed.comm.comm.cdb = None
-    deepspeed.utils.groups.mpu = None
-    deepspeed.utils.groups._WORLD_GROUP = None
-    return grid(engine="deepspeed", **parallel)
 
 
 def factors_of(model: Transformer, kind: str) -> dict[str, Factors]:
@@ -131,7 +118,7 @@ def tensors_of(optimizer: ShardedAdamW) -> dict[str, Tensor | Blocks]:
 
 
 def zero_run(family: str, kind: str, parallel: Mapping[str, Any], precision: Precision = FP32) -> Result:
-    optimizer = make_zero(family, kind, zero_grid(**parallel), precision)
+    optimizer = make_zero(family, kind, fresh_grid({"engine": "deepspeed", **parallel}), precision)
     optimizer.initialise(SEED)
     numbers = train_zero(optimizer, kind, 0, 10)
     return numbers, weights(sharded_twin(optimizer, FP32))
@@ -152,18 +139,15 @@ def assert_same_weights(got: Mapping[str, Tensor], want: Mapping[str, Tensor], t
 @pytest.mark.parametrize(
     ("world_size", "family", "kind", "parallel"),
     [
-        (2, "gpt", "none", {"zero_stage": 1, "dp_shard": 2}),
         (2, "gpt", "entries", {"zero_stage": 2}),
         (2, "llama", "none", {"zero_stage": 2, "dp_shard": 2, "offload": True}),
         (2, "bert", "entries", {"zero_stage": 3, "dp_shard": 2}),
         (2, "llama", "none", {"zero_stage": 3, "dp_shard": 2, "offload": True}),
-        (2, "bert", "none", {"zero_stage": 1, "tp": 2}),
         (2, "gpt", "none", {"zero_stage": 1, "tp": 2, "sequence_parallel": True}),
         (2, "llama", "none", {"zero_stage": 3, "cp": 2}),
         (2, "gpt", "none", {"zero_stage": 3, "recompute": "full"}),
         (2, "bert", "none", {"zero_stage": 2, "recompute": "selective"}),
         (4, "llama", "entries", {"zero_stage": 1, "tp": 2, "dp_shard": 2}),
-        (4, "bert", "none", {"zero_stage": 3, "tp": 2, "dp_shard": 2}),
         (4, "gpt", "none", {"zero_stage": 2, "dp_shard": 2, "dp_replicate": 2}),
     ],
 )
@@ -179,7 +163,7 @@ def test_ten_steps_equal_one_rank_of_fsdp(world_size: int, family: str, kind: st
 
 def save_zero(folder: str, family: str, kind: str, parallel: Mapping[str, Any]) -> tuple[Numbers, Numbers]:
     """The steps before a checkpoint, and those after it, without an interruption."""
-    optimizer = make_zero(family, kind, zero_grid(**parallel))
+    optimizer = make_zero(family, kind, fresh_grid({"engine": "deepspeed", **parallel}))
     optimizer.initialise(SEED)
     before = train_zero(optimizer, kind, 0, 4)
     CheckpointStore(Path(folder)).save("four", tensors_of(optimizer), {})
@@ -188,7 +172,7 @@ def save_zero(folder: str, family: str, kind: str, parallel: Mapping[str, Any]) 
 
 def load_zero(folder: str, family: str, kind: str, parallel: Mapping[str, Any]) -> tuple[Numbers, dict[str, Tensor]]:
     """What was loaded, and the steps after it."""
-    optimizer = make_zero(family, kind, zero_grid(**parallel))
+    optimizer = make_zero(family, kind, fresh_grid({"engine": "deepspeed", **parallel}))
     optimizer.initialise(SEED + 1)
     CheckpointStore(Path(folder)).load("four", tensors_of(optimizer))
     optimizer.loaded()
@@ -226,41 +210,6 @@ def test_a_checkpoint_goes_on_under_another_layout_and_engine(
     assert_close(train_reference(model, optimizer, kind, 4, 8), after, 2e-5)
 
 
-def train_and_grow(parallel: Mapping[str, Any]) -> tuple[Numbers, Numbers, dict[str, Tensor], dict[str, Tensor]]:
-    """Steps, a growth, steps; the moments after the growth, and the weights at the end."""
-    optimizer = make_zero("llama", "none", zero_grid(**parallel))
-    optimizer.initialise(SEED)
-    before = train_zero(optimizer, "none", 0, 3)
-    plan, _ = plan_of(optimizer.model.spec, config_of("llama").model, {"layers": 3, "mlp": 60})
-    grown, _ = grow_zero(plan, optimizer, OPTIM, None, FP32)
-    twin = sharded_twin(grown, FP32)
-    large = ShardedAdamW(twin, OPTIM)
-    grown.give_to(twin, large.moments)
-    state = moments(large)
-    after = train_zero(grown, "none", 3, 6)
-    return before, after, state, weights(sharded_twin(grown, FP32))
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("parallel", [{"zero_stage": 1, "tp": 2}, {"zero_stage": 3, "dp_shard": 2}])
-def test_growth_goes_through_shards(parallel: dict[str, Any]) -> None:
-    results = run_distributed(train_and_grow, 2, parallel)
-    model, optimizer = make_reference("llama", "none")
-    expected = train_reference(model, optimizer, "none", 0, 3)
-    plan, _ = plan_of(model.spec, config_of("llama").model, {"layers": 3, "mlp": 60})
-    new = empty_model(plan.new, model.grid, FP32)
-    grown = ShardedAdamW(new, OPTIM)
-    grow_on_shards(plan, model, new, optimizer.moments, grown.moments)
-    state = moments(grown)
-    assert any(int(value) == 3 for name, value in state.items() if name.endswith(".step"))
-    rest = train_reference(new, grown, "none", 3, 6)
-    for before, after, found, values in results:
-        assert_close(before, expected, 2e-5)
-        assert_same_weights(found, state, 2e-5)
-        assert_close(after, rest, 2e-5)
-        assert_same_weights(values, weights(new), 2e-5)
-
-
 def held_bytes() -> int:
     """Of all tensors that Python knows of."""
     gc.collect()
@@ -271,7 +220,7 @@ def held_bytes() -> int:
 
 def make_and_release(stage: int, offload: bool) -> tuple[int, int]:
     """Bytes that the third engine leaves behind, and those of its masters (the first loads parts of torch)."""
-    place, left = zero_grid(zero_stage=stage, dp_shard=2, offload=offload), []
+    place, left = fresh_grid({"engine": "deepspeed", "zero_stage": stage, "dp_shard": 2, "offload": offload}), []
     for _ in range(3):
         optimizer = make_zero("llama", "none", place)
         optimizer.initialise(SEED)
@@ -315,7 +264,7 @@ def everything_of(optimizer: ZeroAdamW) -> list[Tensor]:
 
 def spoiled(stage: int) -> tuple[float, bool]:
     """The norm of a step with a gradient that is no number on the last rank, and whether it changed anything."""
-    optimizer = make_zero("gpt", "none", zero_grid(zero_stage=stage, dp_shard=2))
+    optimizer = make_zero("gpt", "none", fresh_grid({"engine": "deepspeed", "zero_stage": stage, "dp_shard": 2}))
     optimizer.initialise(SEED)
     train_zero(optimizer, "none", 0, 1)
     before = [values.clone() for values in everything_of(optimizer)]
@@ -339,7 +288,7 @@ def refusals() -> list[str]:
     out = []
     fp64 = Precision(torch.float64, torch.float64)
     for precision, parallel in ((fp64, {}), (FP32, {"pp": 2})):
-        place = zero_grid(**parallel)
+        place = fresh_grid({"engine": "deepspeed", **parallel})
         try:
             ZeroAdamW(hollow_model(spec_of("gpt"), place, precision), OPTIM)
         except UserError as error:
