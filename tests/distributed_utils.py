@@ -234,6 +234,7 @@ class _Caches:
     def clear(self) -> None:
         """Empties the caches, those of modules that the last call imported included, and collects garbage."""
         import torch
+        from torch.distributed.tensor import _redistribute
 
         imported = len(sys.modules) != self.modules
         if imported:
@@ -243,9 +244,13 @@ class _Caches:
                     self.found.append(thing)
         for cache in self.found:
             cache.cache_clear()
-        clear_fast_path = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)
-        if clear_fast_path is not None:
-            clear_fast_path()
+        # What not every torch has. The planners hold meshes, their groups, and three threads of each group.
+        for clear in (
+            getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None),
+            getattr(_redistribute, "clear_redistribute_planner_cache", None),
+        ):
+            if clear is not None:
+                clear()
         gc.collect()
         if imported:
             gc.freeze()  # what is left belongs to the modules

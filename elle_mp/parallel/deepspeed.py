@@ -153,6 +153,7 @@ def stop_engine(engine: Any, model: nn.Module) -> None:
     stack = importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK
     stack[:] = [module for module in stack if module is not model]
     if _is_stage_3(engine):
+        give_back_linear()
         zero = engine.optimizer
         buffers = [bucket.buffer for bucket in zero.ipg_buckets.values()]
         flat = [
@@ -169,6 +170,16 @@ def stop_engine(engine: Any, model: nn.Module) -> None:
                 tensor.data = tensor.data.new_empty(0)
         for parameter in model.parameters():
             parameter.data = parameter.data.new_empty(0)  # it may be gathered
+
+
+def give_back_linear() -> None:
+    """Takes DeepSpeed's ``torch.nn.functional.linear`` off again, which stage 3 puts there for every model of the process
+    and leaves there. Its graph has another order: a rank that has it and one that has not reduce gradients in different
+    orders, of different parameters into one another."""
+    module = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
+    linear = getattr(module.InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
+    if linear is not None:
+        nn.functional.linear = linear
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from elle_mp.models.build import Precision
 from elle_mp.models.declarations import declarations
 from elle_mp.models.transformer import IGNORED
 from elle_mp.ops.random import Bounds, normal_block
-from elle_mp.parallel.deepspeed import load_deepspeed
+from elle_mp.parallel.deepspeed import give_back_linear, load_deepspeed
 from elle_mp.parallel.mesh import Grid
 from elle_mp.parallel.sharding import my_bounds
 from elle_mp.train.deepspeed import WEIGHT, ZeroAdamW
@@ -65,6 +65,7 @@ def forget_deepspeed() -> None:
     deepspeed.comm.comm.cdb = None
     deepspeed.utils.groups.mpu = None
     deepspeed.utils.groups._WORLD_GROUP = None
+    give_back_linear()
 
 
 def fresh_grid(layout: Mapping[str, Any]) -> Grid:
