@@ -162,7 +162,7 @@ GROUPS["8"] = [case for case in EVERY if ranks_of(case[2]) == 8]
 def test_every_layout_trains_as_one_process_does(name: str) -> None:
     wrong = []
     for case, told in run(GROUPS[name]).items():
-        _, precision, layout = case
+        family, precision, layout = case
         if precision == "bf16":
             tolerance = {kind: 2 * size for kind, size in spread(setting_of(case)).items()}
         else:
@@ -171,7 +171,7 @@ def test_every_layout_trains_as_one_process_does(name: str) -> None:
         if "pp" in LAYOUTS[layout]:
             before, after = (sorted(part for rank in told for part in rank.layers[when]) for when in (0, 1))
             assert len({len(part) for part in after}) > 1, "stages are uneven"
-            if layout == "1f1b":
+            if layout == "1f1b" and family == "gpt":
                 assert any(rank.received for rank in told), "a layer changed its rank"
             if layout == "split by hand":
                 assert before == [[0], [1, 2, 3]]

@@ -19,10 +19,9 @@ from elle_mp.train.engine import make_optimizer
 from elle_mp.train.equality import BLOCK, check_equal, checksum
 from elle_mp.train.optimizer import ShardedAdamW
 from elle_mp.train.trainer import Trainer, rows_of
+from tests.distributed.training import ROWS, fresh_grid, global_batch
 from tests.distributed_utils import run_distributed
-from tests.parallel.test_layouts import ROWS, global_batch
-from tests.tiny import grid, spec_of
-from tests.train.test_deepspeed import zero_grid
+from tests.tiny import spec_of
 
 FINAL = "final_norm.weight"
 WHERE: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -56,8 +55,7 @@ def tensors_of(optimizer: ShardedAdamW, name: str) -> list[Tensor]:
 
 def damaged(layout: dict[str, Any], names: list[str]) -> dict[str, list[str]]:
     """What is said of each parameter, and of its moments, after one rank's copy has lost a bit."""
-    make = zero_grid if "engine" in layout else grid
-    place = make(**{key: value for key, value in layout.items() if key != "engine"})
+    place = fresh_grid(layout)
     spec = spec_of("gpt", layers=4)
     optimizer = make_optimizer(spec, place, Precision(torch.float32, torch.float32), OptimConfig(lr=3e-3))
     optimizer.initialise(1)
