@@ -173,9 +173,11 @@ def stop_engine(engine: Any, model: nn.Module) -> None:
 
 
 def give_back_linear() -> None:
-    """Takes DeepSpeed's ``torch.nn.functional.linear`` off again, which stage 3 puts there for every model of the process
-    and leaves there. Its graph has another order: a rank that has it and one that has not reduce gradients in different
-    orders, of different parameters into one another."""
+    """Takes DeepSpeed's ``torch.nn.functional.linear`` off again.
+
+    Stage 3 puts it there for every model of the process and leaves it. Its graph has another order: a rank that has
+    it and one that has not reduce gradients in different orders, of different parameters into one another.
+    """
     module = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
     linear = getattr(module.InsertPostInitMethodToModuleSubClasses, "linear_bk", None)
     if linear is not None:
