@@ -65,6 +65,9 @@ EVERY += [(FAMILIES[index % 3], "fp32", layout) for index, layout in enumerate(F
 EVERY += [(FAMILIES[(index + 1) % 3], "bf16", layout) for index, layout in enumerate(LAYOUTS) if layout not in MORE]
 
 TOLERANCES = {"fp64": 1e-9, "fp32": 1e-4}
+SPREADS = 5
+"""Of two seeds' rounding, for bf16. A layout rounds in every step, not in the weights that it begins with alone: tp2 of
+FSDP2 and that of ZeRO were seen 2.8 of them away in the norm of one step of twenty (10 %), 1.4 in everything else."""
 
 
 def ranks_of(layout: str) -> int:
@@ -164,7 +167,7 @@ def test_every_layout_trains_as_one_process_does(name: str) -> None:
     for case, told in run(GROUPS[name]).items():
         family, precision, layout = case
         if precision == "bf16":
-            tolerance = {kind: 2 * size for kind, size in spread(setting_of(case)).items()}
+            tolerance = {kind: SPREADS * size for kind, size in spread(setting_of(case)).items()}
         else:
             tolerance = {"": TOLERANCES[precision]}
         wrong += check(case, told, tolerance)
