@@ -258,6 +258,11 @@ class ParallelConfig(Section):
     world_size: Positive | None = None
     """Ranks that ``pretrain --dry-run`` counts with; a run counts those that it has."""
 
+    def rank_of_stage(self, stage: int) -> int:
+        """The pipeline rank that holds a pipeline stage."""
+        turn, place = divmod(stage, self.pp)
+        return self.pp - 1 - place if self.schedule == "zbv" and turn % 2 else place
+
     @property
     def stages_per_rank(self) -> int:
         """Pipeline stages of one pipeline rank."""

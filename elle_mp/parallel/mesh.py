@@ -128,9 +128,7 @@ class Grid:
 
     def rank_of_stage(self, stage: int) -> int:
         """The pipeline coordinate of the ranks that hold a stage."""
-        size = self.size("pp")
-        turn, place = divmod(stage, size)
-        return size - 1 - place if self.parallel.schedule == "zbv" and turn % 2 else place
+        return self.parallel.rank_of_stage(stage)
 
     def sum(self, values: torch.Tensor, *axes: str) -> None:
         """Sums ``values`` in place over the ranks along ``axes``."""

@@ -89,8 +89,7 @@ class Setting:
 
     def rank_of_stage(self, stage: int) -> int:
         """The pipeline rank that holds a stage."""
-        turn, place = divmod(stage, self.parallel.pp)
-        return self.parallel.pp - 1 - place if self.parallel.schedule == "zbv" and turn % 2 else place
+        return self.parallel.rank_of_stage(stage)
 
     def layers_of(self, stage: int) -> int:
         """Number of layers of a pipeline stage."""
