@@ -69,15 +69,19 @@ def consolidate(
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         try:
+            # One buffer for every block: blocks of their own leave holes between them that no later one fits.
+            buffer = torch.empty(_BLOCK, dtype=torch.uint8)
             with DataFile(temporary) as file:
                 file.write(header)
                 for name in order:
                     for bounds in blocks(*_sizes(tensors[name]), _BLOCK):
-                        block = stored.read(name, bounds)
-                        if block.numel():
-                            file.write(block.view(-1).view(torch.uint8).numpy().data)
+                        sizes = [high - low for low, high in bounds]
+                        raw = buffer[: prod(sizes) * tensors[name][1].itemsize]
+                        if len(raw):
+                            stored.read_into(name, bounds, raw.view(tensors[name][1]).view(sizes))
+                            file.write(raw.numpy().data)
                         if progress is not None:
-                            progress(block.nbytes)
+                            progress(len(raw))
                 file.finish()
             temporary.replace(out)
             sync_file(out.parent)

@@ -152,9 +152,14 @@ class StoredTensors:
         if target.device.type == "cpu" and target.dtype == dtype:
             self._fill(name, bounds, target)
             return
+        # One buffer for all: freed blocks leave holes between them that no later one fits.
+        buffer = torch.empty(min(target.numel(), max(1, _STEP // dtype.itemsize)), dtype=dtype)
         for block in blocks(target.shape, dtype.itemsize, _STEP):
             part = tuple((start + low, start + high) for (start, _), (low, high) in zip(bounds, block, strict=True))
-            target[tuple(slice(low, high) for low, high in block)].copy_(self.read(name, part))
+            sizes = [high - low for low, high in block]
+            values = buffer[: prod(sizes)].view(sizes)
+            self._fill(name, part, values)
+            target[tuple(slice(low, high) for low, high in block)].copy_(values)
 
     def _check_bounds(self, name: str, bounds: Bounds) -> None:
         if name not in self.tensors:
