@@ -230,9 +230,10 @@ class ParallelConfig(Section):
     ``zbv`` two, in the shape of a V."""
     virtual_stages: Positive = 2
     """Runs of layers on a pipeline rank (``interleaved_1f1b``, ``zero_bubble``)."""
-    split: Literal["estimated"] | tuple[Positive, ...] = "estimated"
-    """Layers of each pipeline stage, in order; ``estimated``: so that the slowest stage, embeddings and head
-    included, has the fewest operations."""
+    split: Literal["estimated", "measured"] | tuple[Positive, ...] = "estimated"
+    """Layers of each pipeline stage, in order; ``estimated``: so that the slowest stage, head included, has the fewest
+    operations; ``measured``: so that it takes the least time, embeddings and head included, by what they and a layer
+    are seen to take before a stage of the stream begins."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that are computed again in the backward pass instead of kept: none, those of the MLP, or all of a
     layer's but its input."""

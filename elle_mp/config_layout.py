@@ -115,7 +115,7 @@ def _pipeline(config: Config, index: int, layout: ParallelConfig, prefix: str) -
             f"{prefix}: pp={layout.pp} with {layout.schedule} makes {stages} pipeline stages, and {of} has "
             f"layers={layers}; every stage needs one: layers={stages} or more, or a smaller pp"
         )
-    if layout.split != "estimated" and (len(layout.split) != stages or sum(layout.split) != layers):
+    if isinstance(layout.split, tuple) and (len(layout.split) != stages or sum(layout.split) != layers):
         yield (
             f"{prefix}.split={list(layout.split)}: {of} wants {stages} numbers that add up to layers={layers}; "
             "leave it out to have them chosen"

@@ -40,13 +40,14 @@ class Precision:
 def empty_model(spec: ModelSpec, grid: Grid, precision: Precision, reshard: bool = True) -> LanguageModel:
     """A sharded model whose parameters have memory but no values yet; of a pipeline, this rank's stages."""
     if grid.pipeline_stages == 1:
-        return _empty_part(spec, grid, precision, reshard, None)
+        return empty_part(spec, grid, precision, reshard, None)
     parts = stage_parts(spec, grid)
-    mine = [_empty_part(spec, grid, precision, reshard, parts[stage]) for stage in grid.my_stages]
+    mine = [empty_part(spec, grid, precision, reshard, parts[stage]) for stage in grid.my_stages]
     return Pipeline(mine, precision.compute)
 
 
-def _empty_part(spec: ModelSpec, grid: Grid, precision: Precision, reshard: bool, part: Part | None) -> Transformer:
+def empty_part(spec: ModelSpec, grid: Grid, precision: Precision, reshard: bool, part: Part | None) -> Transformer:
+    """The same of one pipeline stage; ``None`` for all of the model."""
     with torch.device("meta"):
         model = Transformer(spec, grid, precision.master, part)
     compute = None if precision.compute == precision.master else precision.compute

@@ -99,11 +99,13 @@ LanguageModel: TypeAlias = Transformer | Pipeline
 def stage_parts(spec: ModelSpec, grid: Grid) -> tuple[Part, ...]:
     """What each pipeline stage of a layout holds of a model, in order.
 
-    A split that is given is that of the stage's own model; the one before it, about to grow, has fewer layers.
+    A split that is given is that of the stage's own model; the one before it, about to grow, has fewer layers. Until
+    something is measured, costs are estimated.
     """
     split = grid.parallel.split
-    if split == "estimated" or sum(split) != spec.layers:
-        split = balanced(spec.layers, grid.pipeline_stages, 0.0, head_layers(spec))
+    if isinstance(split, str) or sum(split) != spec.layers:
+        ends = (0.0, head_layers(spec)) if grid.costs is None else grid.costs.in_layers()
+        split = balanced(spec.layers, grid.pipeline_stages, *ends)
     return parts_of(split)
 
 

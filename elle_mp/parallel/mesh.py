@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from elle_mp.config import ParallelConfig
 from elle_mp.config_layout import data_parallel_replicas
 from elle_mp.parallel.flight_recorder import start_recording
+from elle_mp.parallel.pipeline import Costs
 
 MESH_AXES = ("pp", "dp_replicate", "shard", "tp")
 """Axes of the mesh on which parameters lie, outermost first; ``shard`` is ``dp_shard x cp``: ranks that share a
@@ -34,6 +35,9 @@ class Grid:
         device: of this rank.
         parallel: the layout.
         everyone: the ranks that have a place, when others have none; ``None`` for all there are.
+        sub_groups: along ``dp_shard`` and ``cp`` when both are more than one rank.
+        costs: of the model on this grid, the same on all ranks; ``None`` where they are estimated. A growth leaves two
+            models on the same ranks whose layers are shared out by different ones.
     """
 
     mesh: DeviceMesh | None
@@ -41,7 +45,7 @@ class Grid:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     everyone: dist.ProcessGroup | None = None
     sub_groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
-    """Along ``dp_shard`` and ``cp`` when both are more than one rank."""
+    costs: Costs | None = None
 
     @property
     def active(self) -> bool:

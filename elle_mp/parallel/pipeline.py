@@ -22,6 +22,25 @@ class Part:
     last: bool = True
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What the ends of a model and one of its layers take, forward and backward of one micro-batch.
+
+    Attributes:
+        layer: seconds of a layer.
+        first: of the embeddings and prompts.
+        last: of the final norm, the head and the loss.
+    """
+
+    layer: float
+    first: float
+    last: float
+
+    def in_layers(self) -> tuple[float, float]:
+        """The ends, in layers."""
+        return self.first / self.layer, self.last / self.layer
+
+
 def parts_of(sizes: Sequence[int]) -> tuple[Part, ...]:
     """The parts with these numbers of layers, in order."""
     ends = list(accumulate(sizes))

@@ -43,6 +43,9 @@ def dry_run(config_path: Path, overrides: Sequence[str] = (), json_path: Path | 
     stages = plan_stream(config, specs, world_size, device)
     console = make_console()
     console.print(stream_tables(stages, world_size))
+    layouts = [config.stage_parallel(index) for index in range(len(config.stream))]
+    if any(layout.split == "measured" and layout.pp > 1 for layout in layouts):
+        console.print("parallel.split=measured: nothing is measured on paper; layers are split here as estimated")
     if json_path is not None:
         numbers = {"world_size": world_size, "stages": [stage.to_json() for stage in stages]}
         try:

@@ -20,6 +20,7 @@ from elle_mp.models.build import Precision
 from elle_mp.models.declarations import declarations
 from elle_mp.models.flops import parameter_count
 from elle_mp.models.pipeline import LanguageModel
+from elle_mp.parallel.pipeline import Costs
 from elle_mp.stream.evaluation import fixed_logits, largest_difference
 from elle_mp.stream.growth_record import plan_record
 from elle_mp.train.engine import grow_optimizer
@@ -72,14 +73,16 @@ def grow(
     optimizer: ShardedAdamW,
     optim: OptimConfig,
     precision: Precision,
+    costs: Costs | None = None,
 ) -> Grown:
     """Applies a plan; the new optimizer has the next stage's settings.
 
     Args:
         lineage: every growth of the larger model; ``plan`` is its last one, unless it changes nothing.
+        costs: as of :func:`elle_mp.train.engine.grow_optimizer`.
     """
     began = time.perf_counter()
-    larger, traffic = grow_optimizer(plan, optimizer, precision, optim, left_by(lineage))
+    larger, traffic = grow_optimizer(plan, optimizer, precision, optim, left_by(lineage), costs)
     return Grown(larger, traffic, time.perf_counter() - began)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from elle_mp.errors import UserError
 from elle_mp.growth.factors import After
 from elle_mp.growth.plan import GrowthPlan, make_plan
 from elle_mp.models.build import Precision
+from elle_mp.models.costs import measure_costs
 from elle_mp.models.flops import parameter_count, training_flops_per_token
 from elle_mp.models.live import anneal_norms, open_vocabulary, settle_norms
 from elle_mp.models.pipeline import LanguageModel
@@ -31,6 +33,7 @@ from elle_mp.stream.growing import Perplexities, grow, left_by, measure, prove
 from elle_mp.stream.idle import WaitingRoom
 from elle_mp.stream.lifelong import average_increased_perplexity, average_perplexity
 from elle_mp.stream.run_directory import restore_results
+from elle_mp.stream.splitting import remembered_costs, split_line, split_record, wants_costs
 from elle_mp.stream.state import BEGIN, DONE, RunState
 from elle_mp.train.engine import make_optimizer
 from elle_mp.train.equality import EqualityCheck
@@ -104,6 +107,10 @@ class StreamRunner:
             began = time.perf_counter()
             self._begin_stage()
             self.state.stage_seconds += time.perf_counter() - began
+        split = split_record(self.model)
+        if split is not None and split != self.state.split:
+            self.journal.say(split_line(self.config.stream[self.state.stage].domain, split))
+        self.state.split = split
         while True:
             asked = self._train_phase(stop)
             if self.state.step == self._phase_steps(self.state.stage, self.state.phase):
@@ -120,7 +127,9 @@ class StreamRunner:
         if name is None:
             self._layout(0)
             if self.grid.active:
-                self._make(ModelSpec.from_config(self.config, self.domains.tokenizer.vocab_size))
+                spec = ModelSpec.from_config(self.config, self.domains.tokenizer.vocab_size)
+                self._share_out(spec, 0)
+                self._make(spec)
                 self.optimizer.initialise(self.config.run.seed)
             on_first_rank(lambda: self.journal.start(0))
             return
@@ -138,6 +147,18 @@ class StreamRunner:
         aside = background_group(self.grid.members) if self.config.checkpoint.background else None
         self.store = CheckpointStore(self.store.folder, self.grid.everyone, aside)
         self.limits.use(self.grid.parallel)
+
+    def _share_out(self, spec: ModelSpec, stage: int, record: dict[str, Any] | None = None) -> None:
+        """Has the grid know how the layers of a stage's model are shared out: as a checkpoint's ``record`` says, or by
+        what the first micro-batch takes, if that is asked for."""
+        if not wants_costs(self.grid):
+            return
+        batch = self.config.stage_batch(stage)
+        first, last = rows_of(self.grid, batch.global_)
+        rows = self.domains.builder(stage, TRAIN).batch(0, first, min(last, first + batch.micro))
+        known = remembered_costs(self.grid, record)
+        costs = known or measure_costs(spec, self.grid, self.precision, rows, self.config.run.seed)
+        self.grid = replace(self.grid, costs=costs)
 
     def _make(self, spec: ModelSpec) -> None:
         optim = self.config.stage_optim(self.stage_of_layout)
@@ -160,7 +181,10 @@ class StreamRunner:
         self._layout(stage)
         if not self.grid.active:
             return
-        self._make(ModelSpec.from_json(self.store.meta(name)["model"]))
+        spec = ModelSpec.from_json(self.store.meta(name)["model"])
+        if self.state.phase not in (BEGIN, DONE):  # else another split comes before the next step
+            self._share_out(spec, stage, self.state.split)
+        self._make(spec)
         self.store.load(name, self._tensors())
         self.optimizer.loaded()
 
@@ -219,12 +243,16 @@ class StreamRunner:
         self.stage_of_layout = stage
         if config.stream[stage].grow is None or (plan.unchanged and state.growth is not None):
             # Nothing to grow, or it was grown offline: the same tensors under the next stage's settings.
-            self.optimizer = grow(plan, self._lineage(), self.optimizer, optim, self.precision).optimizer
+            self._share_out(plan.new, stage)
+            same = grow(plan, self._lineage(), self.optimizer, optim, self.precision, self.grid.costs)
+            self.optimizer = same.optimizer
             return
         probe = self.domains.probe(stage)
         ppl: Perplexities = lambda model: self._perplexities(model, stage, stage - 1)  # noqa: E731
         before = measure(self.optimizer, self.precision, probe, ppl)
-        grown = grow(plan, [*self._lineage(), plan], self.optimizer, optim, self.precision)
+        self._share_out(plan.new, stage)
+        lineage = [*self._lineage(), plan]
+        grown = grow(plan, lineage, self.optimizer, optim, self.precision, self.grid.costs)
         # From here on the smaller model is gone: the proof needs memory of its own.
         self.optimizer = grown.optimizer
         state.lineage = [*state.lineage, plan.to_json()]
@@ -362,6 +390,7 @@ class StreamRunner:
             "seconds": state.stage_seconds,
             **scores,
             "growth": state.growth,
+            "split": state.split,
         }
         state.finish_stage(record, last=stage == len(config.stream) - 1)
         self._save(f"stage-{stage}-{record['domain']}")

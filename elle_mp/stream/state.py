@@ -25,6 +25,7 @@ class RunState:
         stage_flops: training FLOPs of this stage.
         stage_seconds: wall time of this stage.
         growth: the record of this stage's growth.
+        split: the record of this stage's measured split.
         lineage: every growth that the model has been through, as plans in plain values.
         growth_step: ``global_step`` at the last growth of the run; ``None`` when there was none.
         stages: records of finished stages, as in ``results.json``.
@@ -42,6 +43,7 @@ class RunState:
     stages: list[dict[str, Any]] = field(default_factory=list)
     growth_step: int | None = None
     lineage: list[dict[str, Any]] = field(default_factory=list)
+    split: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a checkpoint's metadata."""
@@ -61,7 +63,8 @@ class RunState:
         self.stages.append(record)
         self.stage += 1
         self.phase, self.step = (DONE if last else BEGIN), 0
-        self.stage_tokens, self.stage_flops, self.stage_seconds, self.growth = 0, 0.0, 0.0, None
+        self.stage_tokens, self.stage_flops, self.stage_seconds = 0, 0.0, 0.0
+        self.growth = self.split = None
 
     def results(self) -> dict[str, Any]:
         """What ``results.json`` holds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from elle_mp.config import OptimConfig
 from elle_mp.growth.apply import Traffic, grow_on_shards
@@ -11,6 +12,7 @@ from elle_mp.growth.plan import GrowthPlan
 from elle_mp.models.build import Precision, empty_model
 from elle_mp.models.spec import ModelSpec
 from elle_mp.parallel.mesh import Grid
+from elle_mp.parallel.pipeline import Costs
 from elle_mp.train.deepspeed import ZeroAdamW, grow_zero, hollow_model
 from elle_mp.train.optimizer import ShardedAdamW
 
@@ -30,11 +32,16 @@ def grow_optimizer(
     precision: Precision,
     optim: OptimConfig,
     factors: Mapping[str, Factors] | None = None,
+    costs: Costs | None = None,
 ) -> tuple[ShardedAdamW, Traffic]:
-    """The larger model and its optimizer, both filled from the smaller ones; what was sent. Collective."""
+    """The larger model and its optimizer, both filled from the smaller ones; what was sent. Collective.
+
+    Args:
+        costs: by which the larger model's layers are shared out over a pipeline; ``None`` for estimated ones.
+    """
     if isinstance(optimizer, ZeroAdamW):
         return grow_zero(plan, optimizer, optim, factors, precision)
-    larger = make_optimizer(plan.new, optimizer.grid, precision, optim, factors)
+    larger = make_optimizer(plan.new, replace(optimizer.grid, costs=costs), precision, optim, factors)
     traffic = grow_on_shards(plan, optimizer.model, larger.model, optimizer.moments, larger.moments)
     larger.loaded()
     return larger, traffic

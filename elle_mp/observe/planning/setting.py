@@ -116,7 +116,7 @@ def make_setting(
     local = batch // (replicas * parallel.dp_shard)
     stages = parallel.pp * parallel.stages_per_rank
     split = parallel.split
-    sizes = balanced(spec.layers, stages, 0.0, head_layers(spec)) if split == "estimated" else split
+    sizes = balanced(spec.layers, stages, 0.0, head_layers(spec)) if isinstance(split, str) else split
     master, compute = WIDTHS[precision]
     return Setting(
         spec=spec,
