@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from statistics import median
 
@@ -49,6 +50,8 @@ def measure_costs(spec: ModelSpec, grid: Grid, precision: Precision, batch: Batc
         initialise(model, seed)
         dist.barrier(group=grid.everyone)
         seconds.append(_pass_seconds(model, precision, batch.to(grid.device), seed))
+        del model
+        gc.collect()  # FSDP2's hooks hold what they hang on
     mean = torch.tensor(seconds, dtype=torch.float64, device=grid.device)
     dist.all_reduce(mean, group=grid.everyone)
     mean /= dist.get_world_size(grid.everyone)

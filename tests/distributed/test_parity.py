@@ -50,6 +50,7 @@ ZERO: dict[str, dict[str, Any]] = {
 }
 MORE: dict[str, dict[str, Any]] = {
     "pp3": {"pp": 3},
+    "split by time": {"pp": 2, "split": "measured"},
     "pp2 x dp_replicate2": {"pp": 2, "dp_replicate": 2},
 }
 LAYOUTS = FSDP | MORE | (ZERO if importlib.util.find_spec("deepspeed") else {})
@@ -178,6 +179,8 @@ def test_every_layout_trains_as_one_process_does(name: str) -> None:
                 assert any(rank.received for rank in told), "a layer changed its rank"
             if layout == "split by hand":
                 assert before == [[0], [1, 2, 3]]
+            if layout == "split by time":
+                assert (before, after) == ([[0, 1, 2], [3]], [[0], [1, 2, 3, 4]])
     assert wrong == []
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from elle_mp.models.transformer import IGNORED
 from elle_mp.ops.random import Bounds, normal_block
 from elle_mp.parallel.deepspeed import give_back_linear, load_deepspeed
 from elle_mp.parallel.mesh import Grid
+from elle_mp.parallel.pipeline import Costs
 from elle_mp.parallel.sharding import my_bounds
 from elle_mp.train.deepspeed import WEIGHT, ZeroAdamW
 from elle_mp.train.engine import grow_optimizer, make_optimizer
@@ -36,6 +37,8 @@ GROW = {"heads": 6, "mlp": 60}
 """And a layer."""
 # Clipped in some steps and not in others; the epsilon keeps Adam from making much of rounding.
 OPTIM = OptimConfig(lr=1e-2, betas=(0.9, 0.98), eps=1e-3, weight_decay=0.1, clip=1.0)
+MEASURED = Costs(1.0, 0.0, 9.0), Costs(1.0, 9.0, 0.0)
+"""What a split is measured by, before the growth and after it: four layers become 3 + 1, and five 1 + 4."""
 HALF_ULP = 2.0**-9
 """Of bf16, relative."""
 
@@ -193,6 +196,8 @@ class Setting:
 def train(setting: Setting, layout: Mapping[str, Any], seen: Reference, jitter: int = 0) -> Trained:
     """The twenty steps; the growth is the family's own, noise included."""
     place, kind, out = fresh_grid(layout), Precision.named(setting.precision), Trained()
+    before, after = MEASURED if layout.get("split") == "measured" else (None, None)
+    place = replace(place, costs=before)
     sizes = {"dropout": 0.1, "layers": setting.layers}
     optimizer = make_optimizer(spec_of(setting.family, **sizes), place, kind, OPTIM)
     optimizer.initialise(1)
@@ -205,7 +210,8 @@ def train(setting: Setting, layout: Mapping[str, Any], seen: Reference, jitter: 
             if step:
                 grow = GROW | {"layers": setting.layers + 1}
                 plan, _ = plan_of(optimizer.model.spec, config_of(setting.family, **sizes).model, grow)
-                optimizer, traffic = grow_optimizer(plan, optimizer, kind, OPTIM, factors_of([plan], declarations))
+                factors = factors_of([plan], declarations)
+                optimizer, traffic = grow_optimizer(plan, optimizer, kind, OPTIM, factors, after)
                 out.received = traffic.received
                 for what, state in state_of(optimizer):
                     seen.see(f"grown {what}", state)

@@ -21,8 +21,9 @@ def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("plan") / "plan.json"
-    done = dry_run("--json", str(path))
+    done = dry_run("parallel.split=measured", "--json", str(path))
     assert done.returncode == 0, done.stderr
+    assert "nothing is measured on paper" in done.stdout
     for word in ("web", "code", "science", "activations", "dp gather", "1024"):
         assert word in done.stdout
     found: dict[str, Any] = json.loads(path.read_text())
