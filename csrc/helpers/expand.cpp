@@ -128,7 +128,9 @@ struct Job {
     std::vector<LaneMask<T>> allowed;  // and in those that do not forbid them
     bool any_asked;
     double fresh_factor;
-    Draw fresh_draw;
+    Draw fresh_draw,
+        asked_draw;       // of whole rows, by column; of columns that ask, by their number among these
+    Gather asked_places;  // of each column: its random value, if it asks for one
 };
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -264,19 +266,6 @@ const double* ScaleOrOnes(const py::object& scale, int64_t size) {
 
 using Codes = py::array_t<uint8_t, py::array::c_style>;
 
-template <typename T>
-void PlanFresh(Job<T>& job, const uint8_t* rows, const uint8_t* cols, double factor) {
-    job.fresh_rows = rows;
-    job.fresh_factor = factor;
-    job.asked.assign(job.columns.index.size(), 0);
-    job.allowed = job.asked;
-    for (int64_t j = 0; j < job.width; ++j) {
-        job.asked[j] = cols[j] == kRandom ? -1 : 0;
-        job.allowed[j] = cols[j] == kForbidden ? 0 : -1;
-        job.any_asked |= cols[j] == kRandom;
-    }
-}
-
 // Where the zero-sum noise and the random values come from, as Python hands them over.
 struct Drawn {
     py::object groups;
@@ -287,7 +276,29 @@ struct Drawn {
     uint64_t fresh_key;
     double factor;
     int64_t first_row, first_col;
+    int64_t first_asked;  // columns before the block's that ask for random values
 };
+
+template <typename T>
+void PlanFresh(Job<T>& job, const uint8_t* rows, const uint8_t* cols, const Drawn& drawn) {
+    job.fresh_rows = rows;
+    job.fresh_factor = drawn.factor;
+    job.asked.assign(job.columns.index.size(), 0);
+    job.allowed = job.asked;
+    std::vector<int64_t> places(job.width);
+    int64_t asked = 0;
+    for (int64_t j = 0; j < job.width; ++j) {
+        job.asked[j] = cols[j] == kRandom ? -1 : 0;
+        job.allowed[j] = cols[j] == kForbidden ? 0 : -1;
+        places[j] = asked;
+        asked += cols[j] == kRandom;
+    }
+    job.any_asked = asked > 0;
+    if (!job.any_asked) return;
+    job.asked_draw = Draw(drawn.fresh_key, drawn.first_row, drawn.first_asked, asked);
+    for (int64_t& place : places) place = job.asked_draw.shift + std::min(place, asked - 1);
+    MakeGather(job.asked_places, places.data(), job.width, kLanesOf<T>, job.asked_draw.sums);
+}
 
 template <typename Array>
 const typename Array::value_type* Column(const py::object& values, int64_t size, const char* message) {
@@ -338,7 +349,7 @@ void Expand(const py::array_t<T>& source, const Indices& rows, const Indices& co
     job.noise_draw = Draw(drawn.noise_key, drawn.first_row, drawn.first_col, padded);
     job.fresh_draw = Draw(drawn.fresh_key, drawn.first_row, drawn.first_col, padded);
     if (groups != nullptr) PlanNoise(job, groups, drawn.strength, std);
-    if (fresh_rows != nullptr && fresh_cols != nullptr) PlanFresh(job, fresh_rows, fresh_cols, drawn.factor);
+    if (fresh_rows != nullptr && fresh_cols != nullptr) PlanFresh(job, fresh_rows, fresh_cols, drawn);
     if (mean_row) {
         job.mean_row.resize(job.source_width);
         ParallelFor(job.source_width, used, [&job](int64_t begin, int64_t end) { Means(job, begin, end); });
@@ -362,13 +373,22 @@ void register_expand(py::module_& m) {
     py::class_<Drawn>(m, "Drawn")
         .def(py::init([](py::object groups, uint64_t noise_key, double strength, bool alone,
                          py::object fresh_rows, py::object fresh_cols, uint64_t fresh_key, double factor,
-                         int64_t first_row, int64_t first_col) {
-                 return Drawn{std::move(groups),     noise_key, strength, alone,     std::move(fresh_rows),
-                              std::move(fresh_cols), fresh_key, factor,   first_row, first_col};
+                         int64_t first_row, int64_t first_col, int64_t first_asked) {
+                 return Drawn{std::move(groups),
+                              noise_key,
+                              strength,
+                              alone,
+                              std::move(fresh_rows),
+                              std::move(fresh_cols),
+                              fresh_key,
+                              factor,
+                              first_row,
+                              first_col,
+                              first_asked};
              }),
              py::arg("groups"), py::arg("noise_key"), py::arg("strength"), py::arg("alone"),
              py::arg("fresh_rows"), py::arg("fresh_cols"), py::arg("fresh_key"), py::arg("factor"),
-             py::arg("first_row"), py::arg("first_col"));
+             py::arg("first_row"), py::arg("first_col"), py::arg("first_asked"));
     Register<float>(m);
     Register<double>(m);
 }

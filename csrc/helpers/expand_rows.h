@@ -3,103 +3,7 @@
 // their intrinsics. ELLE_LEVEL names the level (GCC does not define __AVX512F__ and the like for a target set
 // by a pragma).
 
-// Low 32 bits of each lane times `factor` (32 bits), 64-bit products.
-ELLE_INLINE U64 MultiplyWords(U64 x, uint64_t factor) {
-#if ELLE_LEVEL >= 4
-    return (U64)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(static_cast<int64_t>(factor)));
-#elif defined(__SSE2__)
-    __m128i quarter[4];
-    std::memcpy(quarter, &x, sizeof x);
-    for (__m128i& q : quarter) q = _mm_mul_epu32(q, _mm_set1_epi64x(static_cast<int64_t>(factor)));
-    std::memcpy(&x, quarter, sizeof x);
-    return x;
-#else
-    return (x & 0xffffffffu) * factor;
-#endif
-}
-
-// Sums of the four bytes of each 32-bit lane.
-ELLE_INLINE U64 ByteSums(U64 words) {
-#if ELLE_LEVEL >= 4
-    const __m512i pairs = _mm512_maddubs_epi16((__m512i)words, _mm512_set1_epi8(1));
-    return (U64)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-#else
-    U32 x = (U32)words;
-    x = (x & 0x00ff00ffu) + ((x >> 8) & 0x00ff00ffu);
-    return (U64)((x + (x >> 16)) & 0xffffu);
-#endif
-}
-
-// out = front[0], back[0], front[1], back[1], ... in 64-bit lanes.
-ELLE_INLINE void StoreInTurns(U64 front, U64 back, int32_t* out) {
-#if ELLE_LEVEL >= 4
-    const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
-    const __m512i high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
-    _mm512_storeu_si512(out, _mm512_permutex2var_epi64((__m512i)front, low, (__m512i)back));
-    _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi64((__m512i)front, high, (__m512i)back));
-#else
-    uint64_t lanes[16];
-    for (int i = 0; i < 8; ++i) {
-        lanes[2 * i] = front[i];
-        lanes[2 * i + 1] = back[i];
-    }
-    std::memcpy(out, lanes, sizeof lanes);
-#endif
-}
-
-// The round keys of Philox4x32-10, in all lanes.
-struct RoundKeys {
-    explicit RoundKeys(uint64_t key) {
-        for (int round = 0; round < 10; ++round) {
-            first[round] = U64{} + static_cast<uint32_t>(key + round * 0x9e3779b9ull);
-            second[round] = U64{} + static_cast<uint32_t>((key >> 32) + round * 0xbb67ae85ull);
-        }
-    }
-    U64 first[10], second[10];
-};
-
-// sums[c] for the 32 * kAbreast columns that start at 4 * counter, in one row: Philox4x32-10. A round waits
-// for the one before, so several columns' rounds go side by side where there are registers for them.
-template <int kAbreast>
-ELLE_INLINE void FillSome(const RoundKeys& keys, uint64_t row, uint64_t counter, int32_t* sums) {
-    const U64 lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    // Words in 64-bit lanes; what the upper halves hold is of no interest.
-    U64 x0[kAbreast], x1[kAbreast], x2[kAbreast], x3[kAbreast];
-#pragma GCC unroll 4
-    for (int n = 0; n < kAbreast; ++n) {
-        x0[n] = lane + (counter + 8 * n);
-        x1[n] = U64{} + row;
-        x2[n] = U64{} + (row >> 32);
-        x3[n] = U64{};
-    }
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-#pragma GCC unroll 4
-        for (int n = 0; n < kAbreast; ++n) {
-            const U64 p0 = MultiplyWords(x0[n], 0xd2511f53u);
-            const U64 p1 = MultiplyWords(x2[n], 0xcd9e8d57u);
-            x0[n] = (p1 >> 32) ^ x1[n] ^ keys.first[round];
-            x1[n] = p1;
-            x2[n] = (p0 >> 32) ^ x3[n] ^ keys.second[round];
-            x3[n] = p0;
-        }
-    }
-    // A counter's four words are four neighbouring columns.
-#pragma GCC unroll 4
-    for (int n = 0; n < kAbreast; ++n)
-        StoreInTurns(ByteSums((x0[n] & 0xffffffffu) | (x1[n] << 32)),
-                     ByteSums((x2[n] & 0xffffffffu) | (x3[n] << 32)), sums + 32 * n);
-}
-
-// The same for `count` columns, a multiple of 32.
-inline void FillSums(const RoundKeys& keys, int64_t row, uint32_t counter, int64_t count, int32_t* sums) {
-    constexpr int kAbreast = ELLE_LEVEL >= 4 ? 4 : 1;
-    const uint64_t row_bits = static_cast<uint64_t>(row), first = counter;
-    int64_t c = 0;
-    for (; c + 32 * kAbreast <= count; c += 32 * kAbreast)
-        FillSome<kAbreast>(keys, row_bits, first + static_cast<uint64_t>(c) / 4, sums + c);
-    for (; c < count; c += 32) FillSome<1>(keys, row_bits, first + static_cast<uint64_t>(c) / 4, sums + c);
-}
+#include "expand_sums.h"
 
 #if ELLE_LEVEL >= 4
 // Lane i is element offset[i] of the two vectors that start at `window`.
@@ -199,23 +103,32 @@ inline void FillRow(const Job<T>& job, const T* in, const T* scale, const int32_
     }
 }
 
-// Random values where the mask is set.
+// Random values of sums.
 template <typename T>
-inline void FillFresh(const Job<T>& job, const LaneMask<T>* mask, const int32_t* sums, T* row) {
-    constexpr int kWide = kLanesOf<T>, kPart = 8;
+inline void ToValues(const int32_t* sums, int64_t count, double factor, T* values) {
+    constexpr int kPart = 8;
+    for (int64_t c = 0; c < count; c += kPart) {
+        const Vector<int32_t, kPart> sum = Load<int32_t, kPart>(sums + c) - kMeanOfSums;
+        const Vector<double, kPart> value = __builtin_convertvector(sum, Vector<double>) * factor;
+        const Vector<T, kPart> rounded = __builtin_convertvector(value, Vector<T, kPart>);
+        std::memcpy(values + c, &rounded, sizeof rounded);
+    }
+}
+
+// Random values where the mask is set: all of a row in their order, or those of columns that ask, from their
+// places.
+template <typename T, bool kAll>
+inline void PutFresh(const Job<T>& job, const T* values, T* row) {
+    constexpr int kWide = kLanesOf<T>;
     using Mask = Vector<LaneMask<T>, kWide>;
-    const double factor = job.fresh_factor;
+    const View places(job.asked_places);
+    const LaneMask<T>* mask = kAll ? job.allowed.data() : job.asked.data();
     const int64_t width = job.width, shift = job.fresh_draw.shift;
     for (int64_t v = 0; v * kWide < width; ++v) {
-        Vector<T> drawn, x = Load<T>(row + v * kWide);
-        for (int part = 0; part < kWide / kPart; ++part) {
-            const Vector<int32_t, kPart> sum =
-                Load<int32_t, kPart>(sums + shift + v * kWide + part * kPart) - kMeanOfSums;
-            const Vector<double, kPart> value = __builtin_convertvector(sum, Vector<double>) * factor;
-            const Vector<T, kPart> rounded = __builtin_convertvector(value, Vector<T, kPart>);
-            std::memcpy(reinterpret_cast<char*>(&drawn) + part * sizeof rounded, &rounded, sizeof rounded);
-        }
         const Mask wanted = Load<LaneMask<T>, kWide>(mask + v * kWide);
+        const Vector<T> drawn =
+            kAll ? Load<T>(values + shift + v * kWide) : Fetch<T, kWide>(places, v, values);
+        Vector<T> x = Load<T>(row + v * kWide);
         x = (Vector<T>)(((Mask)drawn & wanted) | ((Mask)x & ~wanted));
         std::memcpy(row + v * kWide, &x, sizeof x);
     }
@@ -307,6 +220,7 @@ struct Scratch {
     explicit Scratch(const Job<T>& job)
         : scale(job.scaled ? job.columns.index.size() : 0),
           sums(std::max(job.noise_draw.sums, job.fresh_draw.sums)),
+          values(job.fresh_rows == nullptr ? 0 : std::max(job.fresh_draw.sums, job.asked_draw.sums)),
           totals(job.copies.size()),
           longer(job.mean_column ? job.source_width + 1 : 0),
           halves(job.mean_column ? std::max<int64_t>(1, job.source_width / 2) : 0),
@@ -314,7 +228,9 @@ struct Scratch {
           noise_keys(job.noise_draw.key),
           fresh_keys(job.fresh_draw.key) {}
     std::vector<T> scale;
-    std::vector<int32_t> sums, totals;
+    std::vector<int32_t> sums;
+    std::vector<T> values;
+    std::vector<int32_t> totals;
     std::vector<T> longer;  // a row of the source, and its mean
     std::vector<T> halves;
     std::vector<T> row;
@@ -367,6 +283,18 @@ inline void MakeRow(const Job<T>& job, int64_t i, const T* in, bool scaled, bool
     }
 }
 
+// The random values of row `i`, where all of it or some columns ask for them.
+template <typename T>
+inline void DrawFresh(const Job<T>& job, int64_t i, bool all, Scratch<T>& scratch) {
+    const Draw& draw = all ? job.fresh_draw : job.asked_draw;
+    int32_t* sums = scratch.sums.data();
+    T* values = scratch.values.data();
+    FillSums(scratch.fresh_keys, draw.first_row + i, draw.counter, draw.sums, sums);
+    ToValues(sums, draw.sums, job.fresh_factor, values);
+    all ? PutFresh<T, true>(job, values, scratch.row.data())
+        : PutFresh<T, false>(job, values, scratch.row.data());
+}
+
 template <typename T>
 void ExpandRows(const Job<T>& job, int64_t begin, int64_t end) {
     const std::size_t bytes = job.width * sizeof(T);
@@ -391,12 +319,7 @@ void ExpandRows(const Job<T>& job, int64_t begin, int64_t end) {
             MakeRow(job, i, in, scaled, noise, scratch);
         }
         made = !noise && !fresh;
-        if (fresh) {
-            const Draw& draw = job.fresh_draw;
-            FillSums(scratch.fresh_keys, draw.first_row + i, draw.counter, draw.sums, scratch.sums.data());
-            FillFresh(job, code == kRandom ? job.allowed.data() : job.asked.data(), scratch.sums.data(),
-                      scratch.row.data());
-        }
+        if (fresh) DrawFresh(job, i, code == kRandom, scratch);
         PutRow(out, scratch.row.data(), bytes, job.stream);
     }
 #if defined(__SSE2__)

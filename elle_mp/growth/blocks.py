@@ -9,10 +9,10 @@ from math import prod
 import torch
 from torch import Tensor
 
-from elle_mp.growth.indices import Indices, groups_of, indices_of, random_codes
+from elle_mp.growth.indices import groups_of, indices_of, random_codes
 from elle_mp.growth.maps import Fill
 from elle_mp.growth.tensors import TensorGrowth, moment_factor
-from elle_mp.ops.expand import RANDOM, Fresh, Noise, expand, noise_key, sum_by_halves
+from elle_mp.ops.expand import RANDOM, Fresh, Index, Noise, expand, noise_key, sum_by_halves
 from elle_mp.ops.random import Bounds, normal_block
 
 
@@ -56,23 +56,23 @@ def grow_moment(growth: TensorGrowth, block: Block, bounds: Bounds, out: Tensor,
     """Writes the block of Adam's moment of ``degree`` 1 or 2 in the gradient into ``out``, from one of the old."""
     if out.numel() == 0:
         return
-    key = (growth.shape, bounds, block.bounds, growth.moments, degree)
+    key = (bounds, block.bounds, growth.moments, degree)
     indices = growth.known.get(growth.dims, *key)
-    if not isinstance(indices, Indices):
+    if not isinstance(indices, Index):
         factors = tuple(None if item is None else moment_factor(item, growth.moments, degree) for item in growth.dims)
-        indices = indices_of(growth.dims, growth.shape, bounds, block.bounds, factors, means=False)
+        indices = indices_of(growth.dims, bounds, block.bounds, factors, means=False)
         growth.known.put(indices, growth.dims, *key)
     _expand(growth, block, indices, out)
     if growth.pick:
         out.mul_(_picked(growth, bounds))
 
 
-def _weights(growth: TensorGrowth, block: Block, bounds: Bounds) -> Indices:
-    key = (growth.shape, bounds, block.bounds)
+def _weights(growth: TensorGrowth, block: Block, bounds: Bounds) -> Index:
+    key = (bounds, block.bounds)
     found = growth.known.get(growth.dims, *key)
-    if not isinstance(found, Indices):
+    if not isinstance(found, Index):
         scales = tuple(None if item is None else item.scale for item in growth.dims)
-        found = indices_of(growth.dims, growth.shape, bounds, block.bounds, scales, means=True)
+        found = indices_of(growth.dims, bounds, block.bounds, scales, means=True)
         growth.known.put(found, growth.dims, *key)
     return found
 
@@ -80,22 +80,20 @@ def _weights(growth: TensorGrowth, block: Block, bounds: Bounds) -> Indices:
 def _expand(
     growth: TensorGrowth,
     block: Block,
-    indices: Indices,
+    indices: Index,
     out: Tensor,
     noise: Noise | None = None,
     fresh: Fresh | None = None,
 ) -> None:
-    width = block.values.shape[-1]
-    expand(
-        block.values.reshape(-1, width) if width else block.values.reshape(0, 0),
-        indices.rows,
-        indices.cols,
-        indices.row_scale,
-        indices.col_scale,
-        out.view(-1, out.shape[-1]),
-        noise,
-        fresh,
-    )
+    expand(_matrix(block.values), indices, out if out.dim() == 2 else out.view(-1, out.shape[-1]), noise, fresh)
+
+
+def _matrix(values: Tensor) -> Tensor:
+    """``[R, C]``: the last dimension is the columns."""
+    if values.dim() == 2 and values.stride(1) == 1:
+        return values
+    width = values.shape[-1]
+    return values.reshape(-1, width) if width else values.reshape(0, 0)
 
 
 def _noise(growth: TensorGrowth, bounds: Bounds) -> Noise | None:
@@ -115,7 +113,9 @@ def _fresh(growth: TensorGrowth, bounds: Bounds) -> Fresh | None:
         return None
     codes = growth.known.get(growth.dims, "codes", bounds)
     if not isinstance(codes, tuple):
-        codes = random_codes(growth.dims, bounds)
+        last = growth.dims[-1]
+        before = 0 if last is None else int((last.fill[: bounds[-1][0]] == int(Fill.RANDOM)).sum())
+        codes = (*random_codes(growth.dims, bounds), before)
         growth.known.put(codes, growth.dims, "codes", bounds)
     key = noise_key(growth.seed, f"{growth.stream}/random")
     return Fresh(key, growth.spec.std or 0.0, *_place(growth, bounds), *codes)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from elle_mp.growth.maps import Fill
-from elle_mp.ops.expand import FORBIDDEN, KEPT, MEAN, RANDOM
+from elle_mp.ops.expand import FORBIDDEN, KEPT, MEAN, RANDOM, Index
 from elle_mp.ops.random import Bounds
 
 if TYPE_CHECKING:
@@ -19,24 +18,6 @@ if TYPE_CHECKING:
 Dims = tuple["DimGrowth | None", ...]
 
 _MOST = 256
-
-
-@dataclass(frozen=True)
-class Indices:
-    """A block as one matrix: its last dimension is the columns, all others are the rows.
-
-    Attributes:
-        rows, cols: int64 ``[R']`` and ``[C']``, places in the old block, or ``MEAN``.
-        row_scale, col_scale: fp64 ``[R']`` and ``[C']``, or ``None`` for ones.
-        first_row, first_col: place of the block in the new tensor.
-    """
-
-    rows: Tensor
-    cols: Tensor
-    row_scale: Tensor | None
-    col_scale: Tensor | None
-    first_row: int
-    first_col: int
 
 
 @dataclass
@@ -62,13 +43,14 @@ class Known:
 
 def indices_of(
     dims: Dims,
-    shape: tuple[int, ...],
     bounds: Bounds,
     old: Bounds,
     scales: tuple[Tensor | None, ...],
     means: bool,
-) -> Indices:
-    """The block ``bounds`` of a tensor of ``shape``, made of the block ``old`` of the old one.
+) -> Index:
+    """The block ``bounds`` of a tensor, made of the block ``old`` of the old one, both as one matrix.
+
+    Its last dimension is the columns, all others are the rows.
 
     Args:
         scales: fp64, of each dimension's entries.
@@ -98,8 +80,7 @@ def indices_of(
         if row_scale is not None or part is not None:
             before = torch.ones(1, dtype=torch.float64) if row_scale is None else row_scale
             row_scale = (before[:, None] * (part if part is not None else torch.ones(len(index)))).reshape(-1)
-    first_row = bounds[0][0] * prod(shape[1:-1]) if len(bounds) > 1 else 0
-    return Indices(rows, parts[-1][0], _unless_ones(row_scale), _unless_ones(parts[-1][1]), first_row, bounds[-1][0])
+    return Index(rows, parts[-1][0], _unless_ones(row_scale), _unless_ones(parts[-1][1]))
 
 
 def _unless_ones(scale: Tensor | None) -> Tensor | None:

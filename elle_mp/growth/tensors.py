@@ -26,14 +26,17 @@ class DimGrowth:
         scale: fp64, the factor ``s`` of each entry's weight.
         ratio: fp64, the factor ``r = 1 / (n s)`` of each entry's gradient.
         fill: int8, :class:`Fill`.
-        number: int64, which copy of its unit an entry is.
     """
 
     item: AxisMap
     scale: Tensor
     ratio: Tensor
     fill: Tensor
-    number: Tensor
+
+    @cached_property
+    def number(self) -> Tensor:
+        """Which copy of its unit an entry is; int64."""
+        return self.item.number
 
     @cached_property
     def fills(self) -> frozenset[Fill]:
@@ -138,6 +141,8 @@ class TensorPlanner:
         self.plan = plan
         self._known: dict[tuple[Dim, int | None, bool], DimGrowth | None] = {}
         width = plan.width_strategy if "+" not in plan.width else None
+        self._alike: dict[tuple[ParamSpec, bool, int | None, bool], TensorGrowth] = {}
+        self._axes, self._old_axes = plan.new.axes, plan.old.axes
         self._shared = Known()
         self._copy_noise = width.copy_noise if width is not None else None
 
@@ -153,37 +158,57 @@ class TensorPlanner:
             if from_layer + 1 < plan.old.layers:
                 above = f"layers.{from_layer + 1}.{suffix}"
         own = layer if layer is not None and plan.layer_maps[layer] else None
-        dims = [self._dim(dim, layer, own, above is not None) for dim in spec.dims]
+        like = self._like(spec, layer, own, above is not None)
+        return replace(
+            like,
+            name=name,
+            source=None if treatment.constant is not None else source,
+            above=above if any(item is not None and item.has(Fill.NEXT) for item in like.dims) else None,
+            treatment=treatment,
+            stream=f"growth/{plan.new.layers}x{plan.new.embed}x{plan.new.mlp}/{name}",
+            moments="reset" if treatment.fresh else plan.moments,
+        )
+
+    def _like(self, spec: ParamSpec, layer: int | None, own: int | None, has_above: bool) -> TensorGrowth:
+        """What is the same for a parameter of many layers; the rest is left open."""
+        key = (spec, layer is None, own, has_above)
+        found = self._alike.get(key)
+        if found is None:
+            found = self._alike[key] = self._first_like(spec, layer, own, has_above)
+        return found
+
+    def _first_like(self, spec: ParamSpec, layer: int | None, own: int | None, has_above: bool) -> TensorGrowth:
+        plan = self.plan
+        dims = [self._dim(dim, layer, own, has_above) for dim in spec.dims]
         pick = len(dims) == 2 and all(item is not None and item.item.pick for item in dims)
         if pick:
             dims[1] = _picked(dims[1])
-        takes_next = any(item is not None and item.has(Fill.NEXT) for item in dims)
-        noisy = spec.dims[-1].role is Role.READ and dims[-1] is not None and bool((dims[-1].item.counts > 1).any())
+        last = dims[-1]
+        noisy = spec.dims[-1].role is Role.READ and last is not None and bool((last.item.counts > 1).any())
         strength = None if plan.noise_db is None else 10.0 ** (-plan.noise_db / 20.0)
-        old_axes = plan.old.axes
         return TensorGrowth(
-            name=name,
+            name="",
             spec=spec,
-            shape=spec.shape(plan.new.axes),
-            source=None if treatment.constant is not None else source,
-            old_shape=spec.shape(old_axes),
-            above=above if takes_next else None,
+            shape=spec.shape(self._axes),
+            source=None,
+            old_shape=spec.shape(self._old_axes),
+            above=None,
             dims=tuple(dims),
-            treatment=treatment,
+            treatment=Treatment(),
             pick=pick,
             noise=strength if noisy and self._copy_noise is None else None,
             copy_noise=self._copy_noise if noisy else None,
-            stream=f"growth/{plan.new.layers}x{plan.new.embed}x{plan.new.mlp}/{name}",
+            stream="",
             seed=plan.seed,
-            moments="reset" if treatment.fresh else plan.moments,
-            old_width=old_axes[Axis.EMBED],
+            moments=plan.moments,
+            old_width=self._old_axes[Axis.EMBED],
             known=self._shared,
         )
 
     def _dim(self, dim: Dim, layer: int | None, own: int | None, has_above: bool) -> DimGrowth | None:
         key = (dim, own, has_above)
         if key not in self._known:
-            item = dim_map(dim, self.plan.maps_of(layer), self.plan.old.axes)
+            item = dim_map(dim, self.plan.maps_of(layer), self._old_axes)
             self._known[key] = None if item is None else _dim_growth(dim.role, item, has_above)
         return self._known[key]
 
@@ -206,7 +231,7 @@ def _dim_growth(role: Role, item: AxisMap, has_above: bool) -> DimGrowth:
         Role.COPY: (ones, copied),
     }[role]
     scale = torch.where(fill == int(Fill.ZERO), 0.0, scale)
-    return DimGrowth(item, scale, _ratio(scale, item.counts, fill), fill, item.number)
+    return DimGrowth(item, scale, _ratio(scale, item.counts, fill), fill)
 
 
 def _ratio(scale: Tensor, counts: Tensor, fill: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ the PyTorch path give the same bits, and a block the bits it has in the whole:
 
     scale = round(row_scale * col_scale in fp64);  v = source * scale
     n = round(c S - sum S) * round(strength / (c * BYTES_STD) in fp64);  out = v + (v * n)
-    random values: round((S - MEAN_OF_SUMS) * (std / BYTES_STD) in fp64)
+    random values: round((S - MEAN_OF_SUMS) * (std / BYTES_STD) in fp64)  (:class:`Fresh` says of which word)
 
 Means add by halves (:func:`sum_by_halves`), so their bits do not depend on how the other dimensions are cut.
 """
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,40 @@ _HALF = np.uint64(32)
 
 
 @dataclass(frozen=True)
+class Index:
+    """Where the entries of a block come from, and their scales. Made once for tensors that grow alike.
+
+    Attributes:
+        rows, cols: int64 ``[R']`` and ``[C']`` on the CPU, indices into the source, or :data:`MEAN`.
+        row_scale, col_scale: fp64 ``[R']`` and ``[C']`` on the CPU, or ``None`` for ones; a one changes no bit.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    row_scale: Tensor | None = None
+    col_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, indices, scale in (("row", self.rows, self.row_scale), ("col", self.cols, self.col_scale)):
+            if indices.dtype != torch.int64 or indices.dim() != 1:
+                raise ValueError("expand wants rows and cols int64 [R'] and [C']")
+            if scale is not None and (scale.dtype != torch.float64 or scale.shape != indices.shape):
+                size = indices.numel()
+                raise ValueError(f"expand wants {name}_scale fp64 [{size}], got {scale.dtype} {tuple(scale.shape)}")
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """``(R', C')``."""
+        return self.rows.numel(), self.cols.numel()
+
+    @cached_property
+    def arrays(self) -> tuple[npt.NDArray[np.generic] | None, ...]:
+        """All four as contiguous arrays."""
+        parts = (self.rows, self.cols, self.row_scale, self.col_scale)
+        return tuple(None if part is None else _array(part) for part in parts)
+
+
+@dataclass(frozen=True)
 class Noise:
     """Noise that sums to zero over the copies of a unit.
 
@@ -78,13 +113,16 @@ class Noise:
 class Fresh:
     """Nearly normal values of standard deviation ``std`` where a row or a column wants them.
 
-    An entry's value depends on the key and its place in the whole tensor alone.
+    An entry's value depends on the key and its place in the whole tensor alone: its row, and its column where the row
+    wants them, else the column's number among those of the whole tensor that want them. (Maps spread such columns: by
+    their own numbers, most of what is drawn would be for columns that keep their values.)
 
     Attributes:
         key: of :func:`noise_key`.
         std: standard deviation.
         first_row, first_col: place of ``out[0, 0]`` in the whole tensor.
         rows, cols: uint8 ``[R']`` and ``[C']`` on the CPU: :data:`KEPT`, :data:`RANDOM`, or :data:`FORBIDDEN`.
+        first_asked: how many columns of the whole tensor before ``first_col`` are :data:`RANDOM`.
     """
 
     key: int
@@ -93,6 +131,7 @@ class Fresh:
     first_col: int
     rows: Tensor
     cols: Tensor
+    first_asked: int = 0
 
 
 def noise_key(seed: int, name: str) -> int:
@@ -100,22 +139,12 @@ def noise_key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
 
 
-def expand(
-    source: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    row_scale: Tensor | None,
-    col_scale: Tensor | None,
-    out: Tensor,
-    noise: Noise | None = None,
-    fresh: Fresh | None = None,
-) -> None:
+def expand(source: Tensor, index: Index, out: Tensor, noise: Noise | None = None, fresh: Fresh | None = None) -> None:
     """Writes ``out[i, j] = source[rows[i], cols[j]] * row_scale[i] * col_scale[j]``, noise added, or a random value.
 
     Args:
         source: ``[R, C]`` fp32 or fp64, columns contiguous, rows at any distance; shares no memory with ``out``.
-        rows, cols: int64 ``[R']`` and ``[C']``, indices into ``source``, or :data:`MEAN`.
-        row_scale, col_scale: fp64 ``[R']`` and ``[C']``, or ``None`` for ones. A scale of one changes no bit.
+        index: ``rows``, ``cols`` and their scales.
         out: ``[R', C']`` of the type and device of ``source``, columns contiguous, rows at any distance.
         noise: set on one tensor of a growth: the weights, not their moments.
         fresh: which entries are random, if any.
@@ -123,11 +152,11 @@ def expand(
     Raises:
         ValueError: shapes, types, strides or indices that do not fit, or noise and random values of different places.
     """
-    _check(source, rows, cols, row_scale, col_scale, out)
+    _check(source, index, out)
     _check_drawn(noise, fresh, out)
     native = helpers("Drawn")
     if native is None or out.device.type != "cpu":
-        _expand_torch(source, rows, cols, row_scale, col_scale, out, noise, fresh)
+        _expand_torch(source, index, out, noise, fresh)
         return
     place = noise or fresh
     drawn = native.Drawn(
@@ -138,18 +167,9 @@ def expand(
             else (*map(_array, (fresh.rows, fresh.cols)), fresh.key, _factor(fresh))
         ),
         *((0, 0) if place is None else (place.first_row, place.first_col)),
+        0 if fresh is None else fresh.first_asked,
     )
-    native.expand(
-        as_array(source),
-        _array(rows),
-        _array(cols),
-        None if row_scale is None else _array(row_scale),
-        None if col_scale is None else _array(col_scale),
-        as_array(out),
-        drawn,
-        BYTES_STD,
-        torch.get_num_threads(),
-    )
+    native.expand(as_array(source), *index.arrays, as_array(out), drawn, BYTES_STD, torch.get_num_threads())
 
 
 def _array(values: Tensor) -> npt.NDArray[np.generic]:
@@ -230,20 +250,12 @@ def philox(counter: tuple[Words, Words, Words, Words], key: int) -> tuple[Words,
     return x0, x1, x2, x3
 
 
-def _expand_torch(
-    source: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    row_scale: Tensor | None,
-    col_scale: Tensor | None,
-    out: Tensor,
-    noise: Noise | None,
-    fresh: Fresh | None,
-) -> None:
+def _expand_torch(source: Tensor, index: Index, out: Tensor, noise: Noise | None, fresh: Fresh | None) -> None:
     """The same by PyTorch operations, a tile of rows at a time; equal bit for bit on the CPU."""
     height, width = out.shape
     if out.numel() == 0:
         return
+    rows, cols, row_scale, col_scale = index.rows, index.cols, index.row_scale, index.col_scale
     for indices, size in ((rows, source.shape[0]), (cols, source.shape[1])):
         if int(indices.min()) < MEAN or int(indices.max()) >= size:
             raise ValueError(f"expand wants indices from 0 to {size - 1}")
@@ -275,35 +287,28 @@ def _expand_torch(
 def _with_fresh(value: Tensor, fresh: Fresh, tile: slice) -> Tensor:
     codes = torch.maximum(fresh.rows[tile, None], fresh.cols)
     height, width = codes.shape
-    sums = byte_sums(fresh.key, fresh.first_row + tile.start, fresh.first_col, height, width)
+    first_row = fresh.first_row + tile.start
+    sums = np.zeros((height, width), dtype=np.int64)
+    asked = as_array(fresh.cols) == RANDOM
+    sums[:, asked] = byte_sums(fresh.key, first_row, fresh.first_asked, height, int(asked.sum()))
+    whole = as_array(fresh.rows[tile]) == RANDOM
+    if whole.any():
+        sums[whole] = byte_sums(fresh.key, first_row, fresh.first_col, height, width)[whole]
     drawn = torch.from_numpy((sums - MEAN_OF_SUMS) * _factor(fresh)).to(value.dtype)
     return torch.where((codes == RANDOM).to(value.device), drawn.to(value.device), value)
 
 
-def _check(
-    source: Tensor,
-    rows: Tensor,
-    cols: Tensor,
-    row_scale: Tensor | None,
-    col_scale: Tensor | None,
-    out: Tensor,
-) -> None:
+def _check(source: Tensor, index: Index, out: Tensor) -> None:
     if source.dtype not in _NATIVE or source.dtype != out.dtype:
         raise ValueError(f"expand wants source and out both fp32 or both fp64, got {source.dtype}, {out.dtype}")
-    if source.dim() != 2 or out.dim() != 2 or out.shape != (rows.numel(), cols.numel()):
+    if source.dim() != 2 or out.shape != index.shape:
+        wanted = ", ".join(map(str, index.shape))
         raise ValueError(
-            f"expand wants source [R, C] and out [{rows.numel()}, {cols.numel()}], "
-            f"got {tuple(source.shape)}, {tuple(out.shape)}"
+            f"expand wants source [R, C] and out [{wanted}], got {tuple(source.shape)}, {tuple(out.shape)}"
         )
     for name, x in (("source", source), ("out", out)):
-        if x.shape[1] > 1 and x.stride(1) != 1:
+        if x.stride(1) != 1 and x.shape[1] > 1:
             raise ValueError(f"expand wants contiguous columns, got strides {x.stride()} of {name}")
-    sizes = (rows.numel(), cols.numel())
-    for name, scale, size in (("row_scale", row_scale, sizes[0]), ("col_scale", col_scale, sizes[1])):
-        if scale is not None and (scale.dtype != torch.float64 or scale.shape != (size,)):
-            raise ValueError(f"expand wants {name} fp64 [{size}], got {scale.dtype} {tuple(scale.shape)}")
-    if rows.dtype != torch.int64 or cols.dtype != torch.int64 or rows.dim() != 1 or cols.dim() != 1:
-        raise ValueError("expand wants rows and cols int64 [R'] and [C']")
 
 
 def _check_drawn(noise: Noise | None, fresh: Fresh | None, out: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elle_mp.ops import expand as module
 from elle_mp.ops import native
-from elle_mp.ops.expand import FORBIDDEN, KEPT, MEAN, RANDOM, Fresh, Noise, byte_sums, expand, noise_key, philox
+from elle_mp.ops.expand import FORBIDDEN, KEPT, MEAN, RANDOM, Fresh, Index, Noise, byte_sums, expand, noise_key, philox
 
 WORD = 0xFFFFFFFF
 DTYPES = (torch.float32, torch.float64)
@@ -98,7 +98,7 @@ def test_every_entry_is_what_the_description_says(
     source, out = strided(old_rows, old_cols, dtype), strided(new_rows, new_cols, dtype)
     row_scale, col_scale = torch.rand(new_rows).double(), torch.rand(new_cols, dtype=torch.float64)
     noise = Noise(noise_key(1, "w"), 0.1, (1 << 32) - 2, 6, cols) if noisy else None
-    expand(source, rows, cols, row_scale, col_scale, out, noise)
+    expand(source, Index(rows, cols, row_scale, col_scale), out, noise)
     assert torch.equal(out, by_loops(source, rows, cols, row_scale, col_scale, noise))
 
 
@@ -118,10 +118,10 @@ def test_both_paths_give_the_same_bits(
         groups = cols if noisy == "pairs" else -(cols // 16)
         noise = None if noisy == "silent" else Noise(noise_key(2, "w"), 0.3, 11, 5, groups)
         outs = [strided(new_rows, new_cols, dtype), strided(new_rows, new_cols, dtype)]
-        expand(source, rows, cols, row_scale, col_scale, outs[0], noise)
+        expand(source, Index(rows, cols, row_scale, col_scale), outs[0], noise)
         with monkeypatch.context() as context:
             context.setattr(module, "helpers", lambda name: None)
-            expand(source, rows, cols, row_scale, col_scale, outs[1], noise)
+            expand(source, Index(rows, cols, row_scale, col_scale), outs[1], noise)
         assert torch.equal(*outs)
 
 
@@ -131,7 +131,7 @@ def test_nothing_beside_the_block_is_written(path: str, noisy: bool, width: int)
     around = torch.full((9, width + 10), 7.0)
     out, cols = around[2:7, 4 : 4 + width], torch.arange(width) * 40 // width
     noise = Noise(2, 0.3, 0, 0, torch.arange(width) // 2) if noisy else None
-    expand(torch.zeros(3, 40), torch.tensor([0, 0, 1, 2, 2]), cols, None, None, out, noise)
+    expand(torch.zeros(3, 40), Index(torch.tensor([0, 0, 1, 2, 2]), cols), out, noise)
     assert not out.any() and (around == 7).sum() == around.numel() - out.numel()
 
 
@@ -140,7 +140,7 @@ def test_indices_and_scales_of_any_stride(path: str) -> None:
     both = torch.stack((torch.arange(8).flip(0), torch.arange(8)), dim=1)
     scale = torch.rand(8, 2, dtype=torch.float64)
     for target, cols, scales in ((out, both[:, 0], scale[:, 1]), (expected, both[:, 0].clone(), scale[:, 1].clone())):
-        expand(source, torch.arange(6), cols, None, scales, target, Noise(2, 0.3, 0, 0, cols // 2))
+        expand(source, Index(torch.arange(6), cols, None, scales), target, Noise(2, 0.3, 0, 0, cols // 2))
     assert torch.equal(out, expected)
 
 
@@ -152,7 +152,7 @@ def test_threads_change_nothing(path: str) -> None:
     try:
         for out, count in zip(outs, (1, 2, 5), strict=True):
             torch.set_num_threads(count)
-            expand(source, rows, cols, None, None, out, noise)
+            expand(source, Index(rows, cols), out, noise)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
@@ -165,11 +165,11 @@ def test_a_block_is_the_block_of_the_whole(path: str, dtype: torch.dtype) -> Non
     scale = 1.0 / torch.bincount(cols)[cols].double()
     noise = Noise(noise_key(7, "w"), 0.1, 0, 0, cols)
     whole = torch.empty(31, 90, dtype=dtype)
-    expand(source, rows, cols, scale[:31], scale, whole, noise)
+    expand(source, Index(rows, cols, scale[:31], scale), whole, noise)
     for top, bottom, left, right in ((0, 31, 0, 90), (5, 6, 0, 90), (9, 31, 3, 87), (0, 31, 33, 36), (30, 31, 6, 90)):
         out = torch.empty(bottom - top, right - left, dtype=dtype)
         part = replace(noise, first_row=top, first_col=left, groups=cols[left:right])
-        expand(source, rows[top:bottom], cols[left:right], scale[top:bottom], scale[left:right], out, part)
+        expand(source, Index(rows[top:bottom], cols[left:right], scale[top:bottom], scale[left:right]), out, part)
         assert torch.equal(out, whole[top:bottom, left:right])
 
 
@@ -194,9 +194,9 @@ def test_both_paths_give_the_same_bits_with_means_and_random_values(
     noise = None if noisy == "silent" else Noise(noise_key(2, "w"), 0.3, 11, 5, groups, alone=noisy == "alone")
     drawn = Fresh(noise_key(2, "v"), 0.02, 11, 5, codes[0], codes[1]) if fresh else None
     source, outs = strided(old_rows, old_cols, dtype), [strided(new_rows, new_cols, dtype) for _ in range(2)]
-    expand(source, rows, cols, row_scale, col_scale, outs[0], noise, drawn)
+    expand(source, Index(rows, cols, row_scale, col_scale), outs[0], noise, drawn)
     monkeypatch.setattr(module, "helpers", lambda name: None)
-    expand(source, rows, cols, row_scale, col_scale, outs[1], noise, drawn)
+    expand(source, Index(rows, cols, row_scale, col_scale), outs[1], noise, drawn)
     assert torch.equal(*outs)
     assert not fresh or bool((torch.maximum(codes[0][:, None], codes[1]) == RANDOM).any())
 
@@ -207,7 +207,7 @@ def test_a_mean_is_the_mean_of_its_axis_without_noise(path: str, dtype: torch.dt
     source, out = strided(size, 11, dtype), torch.empty(4, 13, dtype=dtype)
     rows, cols = torch.tensor([0, MEAN, size - 1, MEAN]), torch.tensor([*range(11), MEAN, MEAN])
     scale = torch.linspace(0.5, 1.5, 13, dtype=torch.float64)
-    expand(source, rows, cols, None, scale, out, Noise(1, 0.1, 0, 0, torch.tensor([0] * 11 + [1, 2])))
+    expand(source, Index(rows, cols, None, scale), out, Noise(1, 0.1, 0, 0, torch.tensor([0] * 11 + [1, 2])))
     close: dict[str, float] = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
     exact = source.double()
     means = torch.cat([exact, exact.mean(1, keepdim=True).expand(-1, 2)], 1).mean(0) * scale
@@ -221,7 +221,7 @@ def test_the_noise_alone_is_what_noise_adds(path: str) -> None:
     noise = Noise(3, 0.5, 0, 0, cols)
     outs = [torch.empty(30, 60, dtype=torch.float64) for _ in range(3)]
     for out, made in zip(outs, (None, noise, replace(noise, alone=True)), strict=True):
-        expand(source, torch.arange(30), cols, None, None, out, made)
+        expand(source, Index(torch.arange(30), cols), out, made)
     torch.testing.assert_close(outs[0] + outs[2], outs[1], rtol=1e-15, atol=1e-15)
     assert bool(outs[2].any())
 
@@ -231,7 +231,7 @@ def test_a_matrix_beyond_the_caches_and_what_is_around_it(path: str, width: int)
     around = torch.full((1100, width + 9), 7.0)
     out, source = around[40:1060, 3 : 3 + width], torch.randn(340, width)
     assert out.numel() * 4 > 1 << 20 or width == 255
-    expand(source, torch.arange(1020) // 3, torch.arange(width), None, None, out)
+    expand(source, Index(torch.arange(1020) // 3, torch.arange(width)), out)
     assert torch.equal(out, source.repeat_interleave(3, 0))
     assert (around == 7).sum() == around.numel() - out.numel()
 
@@ -239,14 +239,14 @@ def test_a_matrix_beyond_the_caches_and_what_is_around_it(path: str, width: int)
 def test_a_scale_of_one_changes_no_bit(path: str) -> None:
     source = torch.randn(6, 50) * torch.tensor([1e-42, 1.0, 1e38, 1e-20, 0.0, 3.0])[:, None]
     ones, out = torch.ones(50, dtype=torch.float64), torch.empty(6, 50)
-    expand(source, torch.arange(6), torch.arange(50), ones[:6], ones, out, Noise(1, 0.5, 0, 0, torch.arange(50)))
+    expand(source, Index(torch.arange(6), torch.arange(50), ones[:6], ones), out, Noise(1, 0.5, 0, 0, torch.arange(50)))
     assert torch.equal(out.view(torch.int32), source.view(torch.int32))
 
 
 def test_copies_of_a_unit_keep_their_sum(path: str) -> None:
     groups = torch.arange(120) // 3
     source, out = torch.randn(50, 40, dtype=torch.float64), torch.empty(50, 120, dtype=torch.float64)
-    expand(source, torch.arange(50), groups, None, None, out, Noise(3, 0.5, 0, 0, groups))
+    expand(source, Index(torch.arange(50), groups), out, Noise(3, 0.5, 0, 0, groups))
     assert not torch.equal(out, source[:, groups])
     torch.testing.assert_close(out.view(50, 40, 3).sum(-1), 3 * source, rtol=1e-14, atol=1e-14)
 
@@ -255,7 +255,7 @@ def test_copies_of_a_unit_keep_their_sum(path: str) -> None:
 def test_the_strength_of_the_noise(path: str, copies: int) -> None:
     groups = torch.arange(640) // copies
     source, out = torch.ones(400, 640, dtype=torch.float64), torch.empty(400, 640, dtype=torch.float64)
-    expand(source, torch.arange(400), torch.arange(640), None, None, out, Noise(noise_key(4, "w"), 0.1, 0, 0, groups))
+    expand(source, Index(torch.arange(400), torch.arange(640)), out, Noise(noise_key(4, "w"), 0.1, 0, 0, groups))
     expected = 0.1 * (1 - 1 / copies) ** 0.5
     assert abs((out - 1).square().mean().sqrt().item() - expected) <= 0.01 * expected
     centred = out - 1
@@ -280,7 +280,7 @@ def test_an_older_build_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(module, "helpers", lambda name: asked.append(name))
     source, out = torch.randn(2, 3), torch.empty(3, 4)
-    expand(source, torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1, 2]), None, None, out)
+    expand(source, Index(torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1, 2])), out)
     assert asked == ["Drawn"] and torch.equal(out, source[[0, 1, 1]][:, [2, 0, 1, 2]])
 
 
@@ -307,5 +307,7 @@ def test_what_does_not_fit_is_said(path: str, change: dict[str, object], message
         "col_scale": None,
         "out": torch.zeros(2, 3),
     }
+    given |= change
     with pytest.raises(ValueError, match=message):
-        expand(**{**given, **change})  # type: ignore[arg-type]
+        index = Index(*(given.pop(name) for name in ("rows", "cols", "row_scale", "col_scale")))  # type: ignore[arg-type]
+        expand(index=index, **given)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elle_mp.ops import expand as module
 from elle_mp.ops import native
-from elle_mp.ops.expand import FORBIDDEN, KEPT, RANDOM, Fresh, Noise, expand, noise_key
+from elle_mp.ops.expand import FORBIDDEN, KEPT, RANDOM, Fresh, Index, Noise, expand, noise_key
 from tests.ops.test_expand import philox_word
 
 KEY = noise_key(3, "growth/new")
@@ -22,11 +22,18 @@ def codes(size: int, seed: int) -> Tensor:
 
 
 def fill_random(
-    out: Tensor, rows: Tensor, cols: Tensor, std: float, key: int, first_row: int = 0, first_col: int = 0
+    out: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    std: float,
+    key: int,
+    first_row: int = 0,
+    first_col: int = 0,
+    first_asked: int = 0,
 ) -> None:
     """Random values over what was there, which is the growth that copies everything in its place."""
-    fresh = Fresh(key, std, first_row, first_col, rows, cols)
-    expand(out.clone(), torch.arange(len(rows)), torch.arange(len(cols)), None, None, out, None, fresh)
+    fresh = Fresh(key, std, first_row, first_col, rows, cols, first_asked)
+    expand(out.clone(), Index(torch.arange(len(rows)), torch.arange(len(cols))), out, None, fresh)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -41,11 +48,12 @@ def test_every_entry_is_what_its_codes_and_its_place_say(
         pytest.skip("the helpers are not built")
     rows, cols = codes(shape[0], 1), codes(shape[1], 2)
     out = torch.full((shape[0], shape[1] + 3), 7.0, dtype=dtype)[:, :-3]
-    fill_random(out, rows, cols, STD, KEY, first_row=2**33 + 5, first_col=6)
+    fill_random(out, rows, cols, STD, KEY, first_row=2**33 + 5, first_col=6, first_asked=3)
     factor = STD / module.BYTES_STD
     for i in range(0, shape[0], 7):
         for j in range(0, shape[1], 5):
-            word = philox_word(KEY, 2**33 + 5 + i, 6 + j)
+            number = 6 + j if rows[i] == RANDOM else 3 + int((cols[:j] == RANDOM).sum())
+            word = philox_word(KEY, 2**33 + 5 + i, number)
             total = sum((word >> shift) & 255 for shift in (0, 8, 16, 24))
             wanted = (total - 510) * factor if max(rows[i], cols[j]) == RANDOM else 7.0
             assert out[i, j] == torch.tensor(wanted, dtype=torch.float64).to(dtype), (i, j)
@@ -58,7 +66,8 @@ def test_both_paths_and_any_block_have_the_same_bits(dtype: torch.dtype, monkeyp
     whole = torch.zeros(200, 300, dtype=dtype)
     fill_random(whole, rows, cols, STD, KEY)
     part = torch.zeros(40, 91, dtype=dtype)
-    fill_random(part, rows[50:90], cols[102:193], STD, KEY, 50, 102)
+    asked_before = int((cols[:102] == RANDOM).sum())
+    fill_random(part, rows[50:90], cols[102:193], STD, KEY, 50, 102, asked_before)
     assert torch.equal(part, whole[50:90, 102:193])
     monkeypatch.setattr(module, "helpers", lambda name: None)
     slow = torch.zeros(200, 300, dtype=dtype)
@@ -85,4 +94,4 @@ def test_what_does_not_fit_is_refused() -> None:
         (Fresh(KEY, STD, 0, 0, *codes), Noise(KEY, 0.1, 1, 0, torch.arange(3)), "of the same place"),
     ):
         with pytest.raises(ValueError, match=message):
-            expand(torch.zeros(2, 3), torch.arange(2), torch.arange(3), None, None, out, noise, fresh)
+            expand(torch.zeros(2, 3), Index(torch.arange(2), torch.arange(3)), out, noise, fresh)
