@@ -243,6 +243,9 @@ class ParallelConfig(Section):
     """What DeepSpeed shards: optimizer state; gradients, too; parameters, too."""
     offload: bool = False
     """Keep DeepSpeed's optimizer state in the host's memory and update it there."""
+    cpu_adam: Literal["torch", "deepspeed"] = "torch"
+    """What updates it there: torch's fused AdamW, or the kernel of DeepSpeedCPUAdam, which is built when it is first
+    used (minutes). Where it cannot be built, torch's takes its place."""
     apex: bool = False
     """Take NVIDIA apex's FusedAdam and FusedLayerNorm in place of torch's (GPUs; apex built with its kernels)."""
     reshard_after_forward: bool = True

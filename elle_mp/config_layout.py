@@ -150,6 +150,11 @@ def _micro_batches(layout: ParallelConfig, count: int, prefix: str) -> Iterator[
 
 def _engine(config: Config, layout: ParallelConfig, prefix: str) -> Iterator[str]:
     """What DeepSpeed cannot run."""
+    if layout.cpu_adam == "deepspeed" and not (layout.engine == "deepspeed" and layout.offload):
+        yield (
+            f"{prefix}.cpu_adam=deepspeed updates what {prefix}.offload=true leaves in the host's memory, which "
+            f"{prefix}.engine=deepspeed does; set both, or cpu_adam=torch"
+        )
     if layout.engine != "deepspeed":
         return
     wrong = {

@@ -27,6 +27,7 @@ from elle_mp.stream.run_directory import finished_state, open_run_directory, res
 from elle_mp.stream.runner import StreamRunner
 from elle_mp.stream.state import DONE, RunState
 from elle_mp.train.apex import check_apex
+from elle_mp.train.cpu_adam import check_cpu_adam
 from elle_mp.train.signals import ending
 from elle_mp.train.speed import gemm_rate
 
@@ -73,6 +74,7 @@ def _run(config: Config, run_dir: Path, device: torch.device, console: Console, 
     first = dist.get_rank() == 0
     on_first_rank(lambda: check_data(config))
     on_first_rank(lambda: open_run_directory(config))
+    check_cpu_adam(config, lambda line: console.print(line, markup=False))
     peak = gemm_rate(device, Precision.named(config.precision).compute) * dist.get_world_size()
     with ending(clean_up=first):
         domains = open_domains(config, run_dir, console.print)

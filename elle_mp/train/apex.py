@@ -1,4 +1,4 @@
-"""AdamW by apex's fused kernel, with the state and the groups of ``torch.optim.AdamW``."""
+"""AdamW by apex's fused kernel."""
 
 from __future__ import annotations
 
@@ -10,38 +10,18 @@ from torch import Tensor
 from elle_mp.config import Config
 from elle_mp.errors import UserError
 from elle_mp.ops.apex import Apex, load_apex
+from elle_mp.train.kernel_adam import KernelAdamW
 
 DECOUPLED = 1
 """The kernel's mode in which decay is decoupled from the gradient (Loshchilov & Hutter, arXiv 1711.05101)."""
 
 
-class ApexAdamW(torch.optim.Optimizer):
-    """apex's multi-tensor Adam over parameters whose step counts may differ, as they do after a growth in depth.
-
-    One launch updates all parameters of a group that have had as many updates. State is kept as torch's AdamW keeps
-    it: ``step`` (a scalar tensor), ``exp_avg``, ``exp_avg_sq``.
-    """
+class ApexAdamW(KernelAdamW):
+    """apex's multi-tensor Adam: one launch updates all parameters of a group that have had as many updates."""
 
     def __init__(self, apex: Apex, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
-        super().__init__(groups, {"lr": 0.0, "betas": betas})
+        super().__init__(groups, betas)
         self.apex = apex
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Updates every parameter that has a gradient."""
-        for group in self.param_groups:
-            for count, parameters in self._by_count(group["params"]).items():
-                self._update(group, count + 1, parameters)
-
-    def _by_count(self, parameters: list[Tensor]) -> dict[int, list[Tensor]]:
-        having = [item for item in parameters if item.grad is not None]
-        if not having:
-            return {}
-        counts = torch.stack([self.state[item]["step"] for item in having]).tolist()  # one copy from the device
-        groups: dict[int, list[Tensor]] = {}
-        for item, count in zip(having, counts, strict=True):
-            groups.setdefault(int(count), []).append(item)
-        return groups
 
     def _update(self, group: dict[str, Any], step: int, parameters: list[Tensor]) -> None:
         state = [self.state[item] for item in parameters]
@@ -65,7 +45,6 @@ class ApexAdamW(torch.optim.Optimizer):
             1,  # bias correction
             group["weight_decay"],
         )
-        torch._foreach_add_([item["step"] for item in state], 1)
 
 
 def check_apex(config: Config) -> None:

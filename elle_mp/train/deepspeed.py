@@ -36,6 +36,7 @@ from elle_mp.parallel.fragments import Piece, block_of, pieces_of, take
 from elle_mp.parallel.mesh import Grid
 from elle_mp.parallel.sequence import partial_parameters
 from elle_mp.parallel.sharding import local_tensor, my_bounds, named_specs
+from elle_mp.train.cpu_adam import CpuAdamW, agreed_kernel
 from elle_mp.train.entries import ShardFactors, shard_factors
 from elle_mp.train.optimizer import NO_GROWTH, ShardedAdamW, inner_optimizer
 
@@ -89,6 +90,7 @@ class ZeroAdamW(ShardedAdamW):
         self.group = data_parallel_group(self.grid)
         self.partial = frozenset(partial_parameters(self.specs, self.grid))
         self.engine = start_engine(model, lambda items: _Handle(items, self._step_pieces), self.grid, self.group)
+        self.cpu_adam = agreed_kernel()[0] if self.grid.parallel.cpu_adam == "deepspeed" else None
         self._find_pieces(optim, factors or {})
         self.now: tuple[float, After] = (0.0, NO_GROWTH)
         self.norm = 0.0
@@ -133,7 +135,11 @@ class ZeroAdamW(ShardedAdamW):
             )
             self.factors[key] = shard_factors(factors.get(name), self.shapes[name], weight.bounds, weight.values)
             self.decay[key] = optim.weight_decay if self._decays(name, optim) else 0.0
-        self.inner = inner_optimizer(self._groups() or [{"params": []}], optim, self.grid.parallel.apex)
+        groups = self._groups() or [{"params": []}]
+        if self.cpu_adam is not None:
+            self.inner = CpuAdamW(self.cpu_adam, groups, optim.betas)
+        else:
+            self.inner = inner_optimizer(groups, optim, self.grid.parallel.apex)
         for key, state in self.moments.items():
             self.inner.state[self.shards[key]] = {
                 "step": state.step,
