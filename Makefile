@@ -29,7 +29,7 @@ lint: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	rm -f elle_mp/_helpers*.so
+	rm -f elle_mp/_helpers*.so elle_mp/_ops.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and by exact version: left to a range, pip may choose another and far larger build.
@@ -43,6 +43,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(CXX_FILES)
 	@$(PIP) --no-build-isolation -e '.[dev]'
 	@$(BIN)/python -c 'import elle_mp._helpers' 2>/dev/null || \
 	  echo "C++ helpers not built, NumPy takes their place; '$(BIN)/elle-mp doctor' says how to get them"
+	@test -e elle_mp/_ops.so || \
+	  echo "compiled ops not built, PyTorch takes their place; '$(BIN)/elle-mp doctor' says how to get them"
 	@touch $@
 
 $(VENV):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
 OLDEST_TORCH = (2, 11)
 LITTLE_DISK_GB = 5.0
+REBUILD = "pip install --no-build-isolation --no-deps -e ."
 GEMM_SIZE = 1024
 GEMM_SECONDS = 0.15
 
@@ -63,6 +64,7 @@ def run_checks(run_dir: Path) -> list[Row]:
         check_python(),
         *check_torch(),
         check_helpers(),
+        check_ops(),
         *(check_required(name) for name in REQUIRED),
         check_nvcc(),
         *(check_optional(name, use) for name, use in OPTIONAL.items()),
@@ -179,7 +181,6 @@ def check_gloo() -> Row:
 
 def check_helpers() -> Row:
     """The C++ dataset helpers. Without them NumPy does the same, slower."""
-    rebuild = "pip install --no-build-isolation --no-deps -e ."
     try:
         importlib.import_module("elle_mp._helpers")
     except ImportError as error:
@@ -187,8 +188,24 @@ def check_helpers() -> Row:
         get = "" if compiler else "install g++ and python3-dev (Fedora: gcc-c++, python3-devel), then "
         built = importlib.util.find_spec("elle_mp._helpers") is not None
         found = f"built, but does not load: {reason(error)}" if built else "not built: NumPy does it, slower"
-        return Row("C++ helpers", "optional", found, get + rebuild)
+        return Row("C++ helpers", "optional", found, get + REBUILD)
     return Row("C++ helpers", "ok", "built")
+
+
+def check_ops() -> Row:
+    """The compiled torch ops, and the instructions that they use here. Without them PyTorch does the same, slower."""
+    if importlib.util.find_spec("torch") is None:
+        return Row("compiled ops", "optional", "no torch to run them")
+    from elle_mp.ops.library import instructions, what_is_wrong
+
+    wrong = what_is_wrong()
+    if wrong is not None:
+        compiler = "" if shutil.which(os.environ.get("CXX", "g++")) else "install g++ (Fedora: gcc-c++), then "
+        return Row("compiled ops", "optional", f"{wrong}: PyTorch does it, slower", compiler + REBUILD)
+    try:
+        return Row("compiled ops", "ok", f"built, using {instructions()}")
+    except RuntimeError as error:
+        return Row("compiled ops", "broken", reason(error), "unset ELLE_MP_INSTRUCTIONS")
 
 
 def check_required(name: str) -> Row:

@@ -1,0 +1,46 @@
+// The ops torch.ops.elle_mp.*, on torch's stable ABI: one build serves torch 2.11 and later and every Python.
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "attention.h"
+#include "levels.h"
+
+namespace elle_mp {
+namespace {
+
+std::string Instructions() { return LevelName(); }
+
+}  // namespace
+}  // namespace elle_mp
+
+STABLE_TORCH_LIBRARY(elle_mp, m) {
+    m.def("instructions() -> str");
+    m.def(
+        "expanded_attention(Tensor q, Tensor k, Tensor v, Tensor kv_map, Tensor seen, Tensor sample_keys, "
+        "Tensor positions, int first_head, int threshold, float scale) -> (Tensor, Tensor)");
+    m.def(
+        "expanded_attention_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor "
+        "out, "
+        "Tensor lse, Tensor kv_map, Tensor seen, Tensor sample_keys, Tensor positions, int first_head, "
+        "int threshold, float scale) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "packed_attention(Tensor qkv, Tensor seen, Tensor sample_keys, Tensor positions, int first_head, "
+        "int threshold, float scale) -> (Tensor, Tensor)");
+    m.def(
+        "packed_attention_backward(Tensor grad, Tensor? grad_lse, Tensor qkv, Tensor out, Tensor lse, Tensor "
+        "seen, "
+        "Tensor sample_keys, Tensor positions, int first_head, int threshold, float scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(elle_mp, CPU, m) {
+    m.impl("expanded_attention", TORCH_BOX(&elle_mp::AttentionForward));
+    m.impl("expanded_attention_backward", TORCH_BOX(&elle_mp::AttentionBackward));
+    m.impl("packed_attention", TORCH_BOX(&elle_mp::PackedForward));
+    m.impl("packed_attention_backward", TORCH_BOX(&elle_mp::PackedBackward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(elle_mp, CompositeExplicitAutograd, m) {
+    m.impl("instructions", TORCH_BOX(&elle_mp::Instructions));
+}

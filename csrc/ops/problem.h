@@ -1,0 +1,76 @@
+// What one call of attention is about; read by the kernels of every instruction level.
+#pragma once
+
+#include <cstdint>
+
+namespace elle_mp {
+
+// Queries of one block: the lanes of four AVX-512 registers.
+constexpr int64_t kBlockQueries = 64;
+// Queries, keys or columns that are computed or skipped together.
+constexpr int64_t kGroup = 16;
+
+// Rows [batch, row, head, dim] with unit stride in dim; strides and the heads' offsets in elements.
+struct Rows {
+    const void* data;
+    int64_t batch, row;
+    const int64_t* heads;
+};
+
+struct OutRows {
+    void* data;
+    int64_t batch, row;
+    const int64_t* heads;
+};
+
+struct Attention {
+    int64_t batch, queries, keys, heads, groups, dim;
+    Rows q, k, v;
+    // Query head h reads key and value head kv_of[h].
+    const int64_t* kv_of;
+    // [batch, queries, 3]: a query sees keys [0, x[0]) and [x[1], x[2]).
+    const int32_t* seen;
+    float scale;
+    // Dropout: see counter.h of the helpers. No mask where the threshold is 0.
+    uint32_t threshold;
+    float keep_scale;
+    const int64_t* sample_keys;
+    const int64_t* positions;  // [queries]: row of the mask within a head
+    int64_t first_head;
+    // Both directions: [batch, heads, queries], natural logarithm; -inf where a query sees nothing.
+    float* lse;
+    OutRows out;  // forward
+
+    // Backward.
+    Rows mixed, grad;       // what the forward pass returned, and its gradient
+    const float* grad_lse;  // as lse, or null
+    OutRows dq, dk, dv;
+
+    int64_t blocks() const { return (queries + kBlockQueries - 1) / kBlockQueries; }
+};
+
+// The kernels of one instruction level for one element type. Sizes in floats; buffers aligned to 64 bytes.
+struct AttentionKernels {
+    // Keys and values of one (sample, kv head), as Forward wants them.
+    int64_t (*packed)(const Attention&);
+    void (*pack)(const Attention&, int64_t sample, int64_t group, float* to);
+    int64_t (*forward_scratch)(const Attention&);
+    void (*forward)(const Attention&, int64_t sample, int64_t head, int64_t block, const float* packed,
+                    float* scratch);
+    // All heads that read one kv head, which is packed inside.
+    int64_t (*backward_scratch)(const Attention&);
+    void (*backward)(const Attention&, int64_t sample, int64_t group, float* scratch);
+};
+
+// Each level is compiled in a file of its own.
+struct LevelKernels {
+    AttentionKernels fp32, bf16;
+};
+LevelKernels PlainKernels();
+#if defined(__x86_64__)
+LevelKernels Avx2Kernels();
+LevelKernels Avx512Kernels();
+LevelKernels Avx512Bf16Kernels();
+#endif
+
+}  // namespace elle_mp
