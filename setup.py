@@ -55,6 +55,7 @@ def ops() -> Extension | None:
         # torch's headers are not ours to warn about.
         extra_compile_args=[
             *COMPILE_ARGS,
+            "-g0",
             "-std=c++17",
             "-fvisibility=hidden",
             *(f"-isystem{p}" for p in include_paths()),
