@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,11 +63,11 @@ def _state() -> tuple[str, bool, torch.dtype]:
     return os.getcwd(), "LEFT" in os.environ, torch.get_default_dtype()
 
 
-def test_results_come_by_rank_and_processes_are_reused() -> None:
+def test_results_come_by_rank_and_processes_are_new() -> None:
     first = run_distributed(_rank_and_pid, 2, 5)
     second = run_distributed(_rank_and_pid, 2, 7)
     assert [total for total, _ in first] == [5, 5] and [total for total, _ in second] == [7, 7]
-    assert [pid for _, pid in first] == [pid for _, pid in second]
+    assert not {pid for _, pid in first} & {pid for _, pid in second}
 
 
 def test_a_mesh_of_the_next_call_is_not_the_dead_one() -> None:
@@ -88,3 +92,35 @@ def test_errors_deaths_and_hangs_name_the_rank() -> None:
 def test_what_a_call_left_behind_is_gone(tmp_path: Path) -> None:
     run_distributed(_leave_a_mess, 2, str(tmp_path))
     assert run_distributed(_state, 2) == [(os.getcwd(), False, torch.float32)] * 2
+
+
+STAYING = """
+import os, pathlib, time
+
+def stay(folder):
+    pathlib.Path(folder, os.environ["RANK"]).write_text(str(os.getpid()))
+    time.sleep(1000)
+"""
+
+
+def test_nothing_outlives_the_process_that_called(tmp_path: Path) -> None:
+    """The caller, in a process of its own, is killed while two ranks run."""
+    (tmp_path / "staying.py").write_text(STAYING)
+    call = f"run_distributed(staying.stay, 2, {str(tmp_path)!r})"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import staying"
+    code += f"; from tests.distributed_utils import run_distributed; {call}"
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    told = [tmp_path / "0", tmp_path / "1"]
+    try:
+        wait_for(lambda: all(path.exists() and path.read_text() for path in told), 120)
+    finally:
+        caller.send_signal(signal.SIGKILL)
+        caller.wait()
+    wait_for(lambda: not any(Path("/proc", path.read_text()).exists() for path in told), 20)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -3,12 +3,10 @@
 ``program.py STRIKE pretrain CONFIG ...`` runs ``elle-mp pretrain``, or another command. STRIKE is ``-`` or
 ``RANK:SIGNAL[+SIGNAL]@PLACE=COUNT``: before the COUNT-th PLACE, RANK (or ``all``) sends itself the signals. In the
 place of signals may stand one of ACTS, with an argument behind a slash. A rank that stops itself is killed later.
-``program.py serve`` reads runs from standard input, forks for each, and prints its exit code.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -96,30 +94,14 @@ def prepare(strike: str) -> None:
     setattr(owner, method, outer)
 
 
-def serve() -> list[str] | None:
-    """Forks for every line of standard input; returns a child's arguments in the child, None at the end."""
-    for line in iter(sys.stdin.readline, ""):
-        out, err, environment, seconds, arguments = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            os.setsid()
-            signal.alarm(seconds)
-            os.environ.update(environment)
-            for path, stream in ((out, 1), (err, 2)):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
-            return arguments
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-    return None
+def run(arguments: list[str]) -> None:
+    """The program as if it had been started with these arguments."""
+    sys.argv = [__file__, *arguments]
+    strike, *given = arguments
+    if strike != "-":
+        prepare(strike)
+    main(given)
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    if given == ["serve"]:
-        import torch._dynamo
-
-        import elle_mp.stream.run  # noqa: F401  (what the command imports when it starts)
-
-        given = serve() or sys.exit()
-    if given[0] != "-":
-        prepare(given[0])
-    main(given[1:])
+    run(sys.argv[1:])

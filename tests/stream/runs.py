@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
 import os
@@ -12,17 +11,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from queue import LifoQueue, Queue
 from typing import Any
 
 import yaml
 
 from tests.shared_work import made_once
+from tests.stream import program
+from tests.zygote import Child, fork
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("program.py")
@@ -32,8 +31,6 @@ TIMINGS = ("seconds", "tokens_per_second", "mfu")
 """What two runs of the same configuration may differ in."""
 COMMUNICATION = "bytes_communicated"
 """What two layouts may differ in besides."""
-MOST_RANKS = 4
-"""Of a run in these tests."""
 PORTS = 20
 """How many ports a process has for its runs."""
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmn" for vowel in "aeio"]
@@ -165,58 +162,27 @@ def run(config: Path, *overrides: str, ranks: int = 1, strike: str | None = None
 
 def call(*given: str, ranks: int = 1, strike: str | None = None) -> Ended:
     """Runs any command of the program as :func:`run` does."""
-    if ranks > MOST_RANKS:  # it would wait for servers that never come
-        raise ValueError(f"{ranks} ranks, and these tests have {MOST_RANKS}")
-    arguments = [strike or "-", *given]
-    free = servers()
-    mine = [free.get() for _ in range(ranks)]
-    port = free_port()
-
-    def run_rank(rank: int) -> Ended:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {key: str(value) for key, value in (place | address).items()}
-        return mine[rank].run(arguments, environment if ranks > 1 else {})
-
-    try:
-        with ThreadPoolExecutor(ranks) as pool:
-            ends = list(pool.map(run_rank, range(ranks)))
-    finally:
-        for server in mine:
-            free.put(server)
-    return Ended(max((end.code for end in ends), key=abs), ends[0].out, "".join(end.err for end in ends))
-
-
-class Server:
-    """A process that has imported everything and forks for every run."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
-
-    def run(self, arguments: list[str], environment: dict[str, str]) -> Ended:
-        """The program on ``arguments``, in a process of its own."""
-        if self.process is None:
-            self.process = start([sys.executable, str(PROGRAM), "serve"], stdin=subprocess.PIPE, stderr=None)
-            atexit.register(self.process.kill)
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
-            call = [str(out), str(err), environment, LONGEST, arguments]
-            self.process.stdin.write(json.dumps(call) + "\n")
-            self.process.stdin.flush()
-            code = int(self.process.stdout.readline())
-            return Ended(code, out.read_text(), err.read_text())
-
-
-@functools.cache
-def servers() -> Queue[Server]:
-    """The servers that are free: as many as a run in these tests has ranks. The last one used is the next: one starts
-    when it is first needed."""
-    free: Queue[Server] = LifoQueue()
-    for _ in range(MOST_RANKS):
-        free.put(Server())
-    return free
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    children: list[Child] = []
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [[Path(folder, f"{name}-{rank}") for name in ("out", "err")] for rank in range(ranks)]
+        try:
+            for rank, paths in enumerate(printed):
+                place = address | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
+                environment = {"PYTHONPATH": str(ROOT)} | {key: str(value) for key, value in place.items()}
+                with paths[0].open("wb") as out, paths[1].open("wb") as err:
+                    children.append(
+                        fork(
+                            program.run, [strike or "-", *given],
+                            out=out.fileno(), err=err.fileno(), environment=environment, seconds=LONGEST,
+                        )
+                    )  # fmt: skip
+            codes = [child.wait() for child in children]
+        finally:
+            for child in children:
+                child.kill()
+        out, *_ = (paths[0].read_text() for paths in printed)
+        return Ended(max(codes, key=abs), out, "".join(paths[1].read_text() for paths in printed))
 
 
 def succeed(config: Path, *overrides: str, ranks: int = 1, strike: str | None = None) -> Ended:
