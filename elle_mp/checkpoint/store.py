@@ -149,6 +149,11 @@ class CheckpointStore:
             if not comes_from_a_peer(error):
                 logger.warning("%s", error)
 
+    def leave(self) -> None:
+        """Ends the process group of saves in the background; none goes on, and none can follow."""
+        if self._aside is not self._team and self._aside.group is not None:
+            dist.destroy_process_group(self._aside.group)
+
     def save_streamed(
         self,
         name: str,

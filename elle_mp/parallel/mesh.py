@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -35,7 +34,7 @@ class Grid:
         device: of this rank.
         parallel: the layout.
         everyone: the ranks that have a place, when others have none; ``None`` for all there are.
-        sub_groups: along ``dp_shard`` and ``cp`` when both are more than one rank.
+        fine_mesh: over :data:`AXES`, when ``dp_shard`` and ``cp`` are both more than one rank.
         costs: of the model on this grid, the same on all ranks; ``None`` where they are estimated. A growth leaves two
             models on the same ranks whose layers are shared out by different ones.
     """
@@ -44,7 +43,7 @@ class Grid:
     device: torch.device
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     everyone: dist.ProcessGroup | None = None
-    sub_groups: Mapping[str, dist.ProcessGroup] = field(default_factory=dict)
+    fine_mesh: DeviceMesh | None = None
     costs: Costs | None = None
 
     @property
@@ -95,8 +94,8 @@ class Grid:
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The process group along an axis of :data:`MESH_AXES` or :data:`AXES`."""
-        if axis in self.sub_groups:
-            return self.sub_groups[axis]
+        if axis in ("dp_shard", "cp") and self.fine_mesh is not None:
+            return self.fine_mesh.get_group(axis)
         return self._mesh.get_group("shard" if axis in ("dp_shard", "cp") else axis)
 
     @property
@@ -140,6 +139,21 @@ class Grid:
             if self.size(axis) > 1:
                 dist.all_reduce(values, group=self.group(axis))
 
+    def close(self) -> None:
+        """Ends the grid's process groups; they would keep threads, connections and GPU memory to the end of the job.
+
+        Nothing on this grid works afterwards, on no rank.
+        """
+        groups = [] if self.everyone is None else [self.everyone]
+        for mesh in (self.mesh, self.fine_mesh):
+            if mesh is not None and self.active:
+                known = getattr(mesh, "_pg_registry", {})  # of flattened axes, too; DTensor's caches keep it
+                groups += [*mesh.get_all_groups(), *known.values()]
+                known.clear()
+        for group in dict.fromkeys(groups):
+            if group is not dist.group.WORLD:  # the mesh's own where an axis has all ranks
+                dist.destroy_process_group(group)
+
 
 def start_distributed() -> torch.device:
     """Joins the process group that ``torchrun`` or ``srun`` described, or makes one of a single rank.
@@ -170,11 +184,8 @@ def make_grid(parallel: ParallelConfig, device: torch.device) -> Grid:
     ranks = torch.arange(prod(shape), device="cpu").view(shape)
     everyone = None if ranks.numel() == world_size else dist.new_group(ranks.flatten().tolist())
     mesh = DeviceMesh(device.type, ranks, mesh_dim_names=MESH_AXES)
-    groups = {}
+    fine_mesh = None
     if parallel.dp_shard > 1 and parallel.cp > 1:
-        fine = DeviceMesh(
-            device.type, ranks.view(parallel.pp, replicas, -1, parallel.cp, parallel.tp), mesh_dim_names=AXES
-        )
-        if fine.get_coordinate() is not None:
-            groups = {axis: fine.get_group(axis) for axis in ("dp_shard", "cp")}
-    return Grid(mesh, device, parallel, everyone, groups)
+        fine_ranks = ranks.view(parallel.pp, replicas, -1, parallel.cp, parallel.tp)
+        fine_mesh = DeviceMesh(device.type, fine_ranks, mesh_dim_names=AXES)
+    return Grid(mesh, device, parallel, everyone, fine_mesh)

@@ -178,6 +178,8 @@ class StreamRunner:
         old: ShardedAdamW | None = vars(self).pop("optimizer", None)
         if old is not None:
             old.release()
+            self.grid.close()
+            self.store.leave()
         self._layout(stage)
         if not self.grid.active:
             return
