@@ -1,7 +1,7 @@
 """What one layout and engine saved another goes on with: the same losses as without an interruption.
 
 Each chain is one run of the real command, stopped by a signal every ten steps and taken up under the next layout; its
-stream has a growth. Every second link saves in the background.
+stream has a growth, whose rates go on across the links. Every second link saves in the background.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.distributed.training import forget_deepspeed
 from tests.distributed_utils import run_distributed
 from tests.stream.runs import lines, write_stream
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 LINK = 10
 ONE: dict[str, Any] = {}
@@ -37,14 +37,20 @@ PP2_DP_SHARD2 = {"pp": 2, "dp_shard": 2}
 ZERO1, ZERO2, ZERO3 = ({"engine": "deepspeed", "zero_stage": stage} for stage in (1, 2, 3))
 ZERO_TP2 = {"engine": "deepspeed", "zero_stage": 1, "tp": 2}
 
-CHAINS: dict[str, tuple[str, float, list[dict[str, Any]]]] = {
+CHAINS: dict[str, tuple[str, float, dict[str, Any], list[dict[str, Any]]]] = {
     "gpt": (
         "fp64",
         1e-9,
+        {"rate": "mup"},
         [TP2_PP2, ONE, TP2, DP_SHARD2, CP2, SP, PP2_DP_SHARD2, TP2, PP2, ZBV, DP_SHARD2, DP_REPLICATE2],
     ),
     # DeepSpeed has no fp64.
-    "llama": ("fp32", 1e-4, [DP_SHARD2, ZERO1, ZERO2, ZERO3, TP2, ZERO_TP2, PP2]),
+    "llama": (
+        "fp32",
+        1e-4,
+        {"rate": "asym_rewarm", "rewarm_steps": 20},
+        [DP_SHARD2, ZERO1, ZERO2, ZERO3, TP2, ZERO_TP2, PP2],
+    ),
 }
 
 
@@ -70,7 +76,7 @@ def go_on(config: str, overrides: list[str], steps: int) -> None:
 
 @pytest.mark.parametrize("family", CHAINS)
 def test_another_layout_goes_on_where_one_stopped(family: str, tmp_path: Path) -> None:
-    precision, tolerance, chain = CHAINS[family]
+    precision, tolerance, growth, chain = CHAINS[family]
     if any("engine" in layout for layout in chain) and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     steps = LINK * len(chain)
@@ -79,6 +85,7 @@ def test_another_layout_goes_on_where_one_stopped(family: str, tmp_path: Path) -
         family,
         model={"layers": 4},
         precision=precision,
+        growth=growth,
         optim={"eps": 1e-4},
         batch={"micro": 2},
         eval={"every": 0},

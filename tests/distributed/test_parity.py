@@ -21,7 +21,7 @@ from tests.distributed_utils import run_distributed
 from tests.shared_work import made_once
 from tests.tiny import FAMILIES
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 FSDP: dict[str, dict[str, Any]] = {
     "tp2": {"tp": 2},
@@ -85,7 +85,7 @@ def reference(setting: Setting, jitter: int = 0) -> dict[str, Any]:
     """What one process computed, and the file it lies in."""
     name = f"parity-{setting.family}-{setting.precision}-{setting.layers}-{jitter}"
     folder = made_once(name, lambda path: run_distributed(keep, 1, str(path / "run.pt"), setting, jitter))
-    return {"file": str(folder / "run.pt")} | torch.load(folder / "run.pt", mmap=True)
+    return {"file": str(folder / "run.pt")} | torch.load(folder / "run.pt", mmap=True, weights_only=False)
 
 
 def run(cases: Iterable[Case]) -> dict[Case, list[Trained]]:

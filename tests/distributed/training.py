@@ -249,7 +249,7 @@ def compare(runs: list[tuple[Setting, dict[str, Any], str]]) -> list[Trained]:
     out = []
     for setting, layout, file in runs:
         print(setting, layout, flush=True)  # to be seen should it hang
-        seen = Comparison(torch.load(file, mmap=True)["tensors"])
+        seen = Comparison(torch.load(file, mmap=True, weights_only=False)["tensors"])
         trained = train(setting, layout, seen)
         trained.worst, trained.held = seen.worst, seen.held
         out.append(trained)

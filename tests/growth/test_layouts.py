@@ -159,6 +159,7 @@ def run_everywhere(family: str, cases: list[Case]) -> Iterator[tuple[str, str, G
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LOCAL)
 def test_aligned_growth_is_local_and_bitwise_the_same(family: str) -> None:
     for growth, layout, grown in run_everywhere(family, LOCAL[family]):
@@ -166,6 +167,7 @@ def test_aligned_growth_is_local_and_bitwise_the_same(family: str) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ANY)
 def test_what_does_not_align_is_re_cut_and_bitwise_the_same(family: str) -> None:
     gathered = set()
