@@ -69,36 +69,40 @@ struct View {
 constexpr int64_t kMean = -1;
 // Copies of one unit up to which a column is compared with each of its partners.
 constexpr int64_t kFewCopies = 8;
-constexpr int64_t kMostCopies = 1 << 20;
+constexpr int64_t kMostCopies = 1 << 15;
 // Entries below which a second thread costs more than it saves.
 constexpr int64_t kSerialEntries = 1 << 14;
 // Bytes from which on a matrix is written past the caches: it would not stay there, and its old contents need
 // not be read.
 constexpr int64_t kStreamBytes = 1 << 20;
-// Bytes that the sums of a mean over rows may take, so that they stay in a cache.
-constexpr int64_t kMeanBytes = 1 << 18;
+// Columns of a mean over rows that are summed at a time, so that their sums stay in a cache.
+constexpr int64_t kMeanColumns = 2048;
+// Rows of scales that a thread keeps.
+constexpr int kScaleRows = 4;
 
 // What a row or a column says of random values.
 constexpr uint8_t kRandom = 1;
 constexpr uint8_t kForbidden = 2;
-constexpr int32_t kMeanOfSums = 510;
+constexpr int32_t kTwiceMean = 65535;  // twice the mean of 16 random bits
+// Columns that eight counters are drawn for, a vector of them.
+constexpr int kColumns = 64;
 
 template <typename T>
 using LaneMask = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
-// Sums of random bytes, from column 4 * counter on; column 0 of the block is `shift` later.
+// Sixteen random bits for each column, from column 8 * counter on; column 0 of the block is `shift` later.
 struct Draw {
     Draw() = default;
     Draw(uint64_t key, int64_t first_row, int64_t first_col, int64_t width)
         : key(key),
           first_row(first_row),
-          counter(static_cast<uint32_t>(first_col / 4)),
-          shift(first_col % 4),
-          sums((shift + width + 31) / 32 * 32) {}
+          counter(static_cast<uint32_t>(first_col / 8)),
+          shift(first_col % 8),
+          count((shift + width + kColumns - 1) / kColumns * kColumns) {}
     uint64_t key = 0;
     int64_t first_row = 0;
     uint32_t counter = 0;
-    int64_t shift = 0, sums = 0;
+    int64_t shift = 0, count = 0;
 };
 
 template <typename T>
@@ -240,7 +244,7 @@ void PlanNoise(Job<T>& job, const int64_t* groups, double strength, double std) 
     }
     job.partners.resize(partners.size());
     for (std::size_t k = 0; k < partners.size(); ++k)
-        MakeGather(job.partners[k], partners[k].data(), width, kLanesOf<T>, job.noise_draw.sums);
+        MakeGather(job.partners[k], partners[k].data(), width, kLanesOf<T>, job.noise_draw.count);
 }
 
 template <typename T>
@@ -267,7 +271,7 @@ const double* ScaleOrOnes(const py::object& scale, int64_t size) {
 using Codes = py::array_t<uint8_t, py::array::c_style>;
 
 // Where the zero-sum noise and the random values come from, as Python hands them over.
-struct Drawn {
+struct Draws {
     py::object groups;
     uint64_t noise_key;
     double strength;
@@ -280,9 +284,9 @@ struct Drawn {
 };
 
 template <typename T>
-void PlanFresh(Job<T>& job, const uint8_t* rows, const uint8_t* cols, const Drawn& drawn) {
+void PlanFresh(Job<T>& job, const uint8_t* rows, const uint8_t* cols, const Draws& draws) {
     job.fresh_rows = rows;
-    job.fresh_factor = drawn.factor;
+    job.fresh_factor = draws.factor;
     job.asked.assign(job.columns.index.size(), 0);
     job.allowed = job.asked;
     std::vector<int64_t> places(job.width);
@@ -295,9 +299,9 @@ void PlanFresh(Job<T>& job, const uint8_t* rows, const uint8_t* cols, const Draw
     }
     job.any_asked = asked > 0;
     if (!job.any_asked) return;
-    job.asked_draw = Draw(drawn.fresh_key, drawn.first_row, drawn.first_asked, asked);
+    job.asked_draw = Draw(draws.fresh_key, draws.first_row, draws.first_asked, asked);
     for (int64_t& place : places) place = job.asked_draw.shift + std::min(place, asked - 1);
-    MakeGather(job.asked_places, places.data(), job.width, kLanesOf<T>, job.asked_draw.sums);
+    MakeGather(job.asked_places, places.data(), job.width, kLanesOf<T>, job.asked_draw.count);
 }
 
 template <typename Array>
@@ -311,7 +315,7 @@ const typename Array::value_type* Column(const py::object& values, int64_t size,
 
 template <typename T>
 void Expand(const py::array_t<T>& source, const Indices& rows, const Indices& cols,
-            const py::object& row_scale, const py::object& col_scale, py::array_t<T>& out, const Drawn& drawn,
+            const py::object& row_scale, const py::object& col_scale, py::array_t<T>& out, const Draws& draws,
             double std, int threads) {
     Job<T> job{};
     const int64_t height = rows.size();
@@ -331,10 +335,10 @@ void Expand(const py::array_t<T>& source, const Indices& rows, const Indices& co
     job.row_scale = ScaleOrOnes(row_scale, height);
     job.col_scale = ScaleOrOnes(col_scale, job.width);
     job.scaled = job.row_scale != nullptr || job.col_scale != nullptr;
-    const int64_t* groups = Column<Indices>(drawn.groups, job.width, "expand wants a group for each column");
-    const uint8_t* fresh_rows = Column<Codes>(drawn.fresh_rows, height, "expand wants a code for each row");
+    const int64_t* groups = Column<Indices>(draws.groups, job.width, "expand wants a group for each column");
+    const uint8_t* fresh_rows = Column<Codes>(draws.fresh_rows, height, "expand wants a code for each row");
     const uint8_t* fresh_cols =
-        Column<Codes>(drawn.fresh_cols, job.width, "expand wants a code for each column");
+        Column<Codes>(draws.fresh_cols, job.width, "expand wants a code for each column");
     const py::gil_scoped_release release;
     const int64_t entries = height * job.width;
     const int used = entries < kSerialEntries ? 1 : threads;
@@ -345,11 +349,11 @@ void Expand(const py::array_t<T>& source, const Indices& rows, const Indices& co
     for (int64_t j = 1; j < job.width; ++j) job.contiguous &= columns[j] == columns[j - 1] + 1;
     job.stream = entries * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
     const int64_t padded = static_cast<int64_t>(job.columns.index.size());
-    job.alone = drawn.alone;
-    job.noise_draw = Draw(drawn.noise_key, drawn.first_row, drawn.first_col, padded);
-    job.fresh_draw = Draw(drawn.fresh_key, drawn.first_row, drawn.first_col, padded);
-    if (groups != nullptr) PlanNoise(job, groups, drawn.strength, std);
-    if (fresh_rows != nullptr && fresh_cols != nullptr) PlanFresh(job, fresh_rows, fresh_cols, drawn);
+    job.alone = draws.alone;
+    job.noise_draw = Draw(draws.noise_key, draws.first_row, draws.first_col, padded);
+    job.fresh_draw = Draw(draws.fresh_key, draws.first_row, draws.first_col, padded);
+    if (groups != nullptr) PlanNoise(job, groups, draws.strength, std);
+    if (fresh_rows != nullptr && fresh_cols != nullptr) PlanFresh(job, fresh_rows, fresh_cols, draws);
     if (mean_row) {
         job.mean_row.resize(job.source_width);
         ParallelFor(job.source_width, used, [&job](int64_t begin, int64_t end) { Means(job, begin, end); });
@@ -362,7 +366,7 @@ void Register(py::module_& m) {
     using py::arg;
     m.def(
         "expand", &Expand<T>, arg("source").noconvert(), arg("rows").noconvert(), arg("cols").noconvert(),
-        arg("row_scale"), arg("col_scale"), arg("out").noconvert(), arg("drawn"), arg("std"), arg("threads"),
+        arg("row_scale"), arg("col_scale"), arg("out").noconvert(), arg("draws"), arg("std"), arg("threads"),
         "Writes source[rows][:, cols], scaled, with zero-sum noise over columns of one group and with random "
         "values where they are asked for, into out.");
 }
@@ -370,11 +374,11 @@ void Register(py::module_& m) {
 }  // namespace
 
 void register_expand(py::module_& m) {
-    py::class_<Drawn>(m, "Drawn")
+    py::class_<Draws>(m, "Draws")
         .def(py::init([](py::object groups, uint64_t noise_key, double strength, bool alone,
                          py::object fresh_rows, py::object fresh_cols, uint64_t fresh_key, double factor,
                          int64_t first_row, int64_t first_col, int64_t first_asked) {
-                 return Drawn{std::move(groups),
+                 return Draws{std::move(groups),
                               noise_key,
                               strength,
                               alone,

@@ -3,7 +3,7 @@
 // their intrinsics. ELLE_LEVEL names the level (GCC does not define __AVX512F__ and the like for a target set
 // by a pragma).
 
-#include "expand_sums.h"
+#include "expand_draws.h"
 
 #if ELLE_LEVEL >= 4
 // Lane i is element offset[i] of the two vectors that start at `window`.
@@ -76,7 +76,7 @@ ELLE_INLINE Vector<T, kWide> Fetch(const View& map, int64_t v, const T* in) {
 // One row, in whole vectors. Pointers are held in locals: what is stored through `row` might else change
 // them.
 template <typename T, bool kScaled, bool kNoise>
-inline void FillRow(const Job<T>& job, const T* in, const T* scale, const int32_t* sums, T* row) {
+inline void FillRow(const Job<T>& job, const T* in, const T* scale, const int32_t* drawn, T* row) {
     constexpr int kWide = kLanesOf<T>;
     const View columns(job.columns);
     const bool paired = !job.partners.empty(), alone = job.alone;
@@ -88,13 +88,13 @@ inline void FillRow(const Job<T>& job, const T* in, const T* scale, const int32_
         Vector<T> x = Fetch<T, kWide>(columns, v, in);
         if (kScaled) x *= Load<T>(scale + v * kWide);
         if (kNoise) {
-            // c S - sum S = the sum over the other copies of (S - theirs).
-            const Vector<int32_t, kWide> own = Load<int32_t, kWide>(sums + shift + v * kWide);
+            // c u - sum u = the sum over the other copies of (u - theirs).
+            const Vector<int32_t, kWide> own = Load<int32_t, kWide>(drawn + shift + v * kWide);
             Vector<int32_t, kWide> centred = own;
-            if (paired) centred -= Fetch<int32_t, kWide>(partner, v, sums);
+            if (paired) centred -= Fetch<int32_t, kWide>(partner, v, drawn);
             if (crowded)
                 for (std::size_t k = 1; k < job.partners.size(); ++k)
-                    centred += own - Fetch<int32_t, kWide>(View(job.partners[k]), v, sums);
+                    centred += own - Fetch<int32_t, kWide>(View(job.partners[k]), v, drawn);
             const Vector<T> noise =
                 x * (__builtin_convertvector(centred, Vector<T>) * Load<T>(factor + v * kWide));
             x = alone ? noise : x + noise;
@@ -103,45 +103,35 @@ inline void FillRow(const Job<T>& job, const T* in, const T* scale, const int32_
     }
 }
 
-// Random values of sums.
-template <typename T>
-inline void ToValues(const int32_t* sums, int64_t count, double factor, T* values) {
-    constexpr int kPart = 8;
-    for (int64_t c = 0; c < count; c += kPart) {
-        const Vector<int32_t, kPart> sum = Load<int32_t, kPart>(sums + c) - kMeanOfSums;
-        const Vector<double, kPart> value = __builtin_convertvector(sum, Vector<double>) * factor;
-        const Vector<T, kPart> rounded = __builtin_convertvector(value, Vector<T, kPart>);
-        std::memcpy(values + c, &rounded, sizeof rounded);
-    }
-}
-
-// Random values where the mask is set: all of a row in their order, or those of columns that ask, from their
-// places.
+// Random values where the mask is set, uniform about zero: all of a row in their order, or those of columns
+// that ask, from their places.
 template <typename T, bool kAll>
-inline void PutFresh(const Job<T>& job, const T* values, T* row) {
+inline void PutFresh(const Job<T>& job, const int32_t* drawn, T* row) {
     constexpr int kWide = kLanesOf<T>;
     using Mask = Vector<LaneMask<T>, kWide>;
     const View places(job.asked_places);
     const LaneMask<T>* mask = kAll ? job.allowed.data() : job.asked.data();
+    const T factor = static_cast<T>(job.fresh_factor);
     const int64_t width = job.width, shift = job.fresh_draw.shift;
     for (int64_t v = 0; v * kWide < width; ++v) {
         const Mask wanted = Load<LaneMask<T>, kWide>(mask + v * kWide);
-        const Vector<T> drawn =
-            kAll ? Load<T>(values + shift + v * kWide) : Fetch<T, kWide>(places, v, values);
+        const Vector<int32_t, kWide> bits =
+            kAll ? Load<int32_t, kWide>(drawn + shift + v * kWide) : Fetch<int32_t, kWide>(places, v, drawn);
+        const Vector<T> value = __builtin_convertvector(2 * bits - kTwiceMean, Vector<T>) * factor;
         Vector<T> x = Load<T>(row + v * kWide);
-        x = (Vector<T>)(((Mask)drawn & wanted) | ((Mask)x & ~wanted));
+        x = (Vector<T>)(((Mask)value & wanted) | ((Mask)x & ~wanted));
         std::memcpy(row + v * kWide, &x, sizeof x);
     }
 }
 
-// For units with many copies: replaces sums by what is left of them after centring.
+// For units with many copies: replaces what was drawn by what is left of it after centring.
 template <typename T>
-inline void Centre(const Job<T>& job, std::vector<int32_t>& totals, int32_t* sums) {
+inline void Centre(const Job<T>& job, std::vector<int32_t>& totals, int32_t* drawn) {
     const int64_t shift = job.noise_draw.shift;
     std::fill(totals.begin(), totals.end(), 0);
-    for (int64_t j = 0; j < job.width; ++j) totals[job.unit[j]] += sums[shift + j];
+    for (int64_t j = 0; j < job.width; ++j) totals[job.unit[j]] += drawn[shift + j];
     for (int64_t j = 0; j < job.width; ++j)
-        sums[shift + j] = job.copies[job.unit[j]] * sums[shift + j] - totals[job.unit[j]];
+        drawn[shift + j] = job.copies[job.unit[j]] * drawn[shift + j] - totals[job.unit[j]];
 }
 
 template <typename T>
@@ -154,38 +144,64 @@ ELLE_INLINE void AddTo(T* __restrict__ out, const T* other, int64_t count) {
     for (int64_t i = 0; i < count; ++i) out[i] += other[i];
 }
 
-// Adds `size` lines of `count` numbers by halves into the first of `sums`, which has room for half of them.
+// The sum of a row by halves; `sums` has room for half of it.
 template <typename T>
-inline void AddByHalves(const T* lines, int64_t stride, int64_t size, int64_t count, T* sums) {
+inline T SumByHalves(const T* row, int64_t size, T* sums) {
     int64_t half = size / 2;
-    if (half == 0) {
-        std::memcpy(static_cast<void*>(sums), lines, count * sizeof(T));
-        return;
-    }
-    if (stride == count)
-        Add(sums, lines, lines + half * count, half * count);
-    else
-        for (int64_t k = 0; k < half; ++k)
-            Add(sums + k * count, lines + k * stride, lines + (k + half) * stride, count);
-    if (size % 2 == 1) AddTo(sums, lines + (size - 1) * stride, count);
+    if (half == 0) return row[0];
+    Add(sums, row, row + half, half);
+    if (size % 2 == 1) sums[0] += row[size - 1];
     for (size = half; size > 1; size = half) {
         half = size / 2;
-        AddTo(sums, sums + half * count, half * count);
-        if (size % 2 == 1) AddTo(sums, sums + (size - 1) * count, count);
+        AddTo(sums, sums + half, half);
+        if (size % 2 == 1) sums[0] += sums[size - 1];
     }
+    return sums[0];
 }
+
+// The same over rows, some columns of it. After `level` halvings `sizes[level]` rows of sums are left; one of
+// them is made when it is wanted, so that a row of sums for each level is all that is held, in a cache.
+template <typename T>
+struct RowSums {
+    const T* rows;
+    int64_t stride, count;
+    std::vector<int64_t> sizes;
+    T* levels;
+
+    void Make(std::size_t level, int64_t k, T* sum) const {
+        const int64_t half = sizes[level], size = sizes[level - 1];
+        const bool last = k == 0 && size % 2 == 1;
+        if (level == 1) {
+            Add(sum, rows + k * stride, rows + (k + half) * stride, count);
+            if (last) AddTo(sum, rows + (size - 1) * stride, count);
+            return;
+        }
+        T* other = levels + static_cast<int64_t>(level) * count;
+        Make(level - 1, k, sum);
+        Make(level - 1, k + half, other);
+        AddTo(sum, other, count);
+        if (!last) return;
+        Make(level - 1, size - 1, other);
+        AddTo(sum, other, count);
+    }
+};
 
 // The mean over the rows of the source, columns `begin` to `end`.
 template <typename T>
 void MeanOfRows(Job<T>& job, int64_t begin, int64_t end) {
-    const int64_t height = job.source_height, half = std::max<int64_t>(1, height / 2);
-    const int64_t step = std::max<int64_t>(
-        kLanesOf<T>, kMeanBytes / (half * static_cast<int64_t>(sizeof(T))) / kLanesOf<T> * kLanesOf<T>);
-    std::vector<T> sums(half * std::min(step, end - begin));
-    for (; begin < end; begin += step) {
-        const int64_t count = std::min(step, end - begin);
-        AddByHalves(job.source + begin, job.source_stride, height, count, sums.data());
-        for (int64_t j = 0; j < count; ++j) job.mean_row[begin + j] = sums[j] / static_cast<T>(height);
+    RowSums<T> sums{nullptr, job.source_stride, 0, {job.source_height}, nullptr};
+    while (sums.sizes.back() > 1) sums.sizes.push_back(sums.sizes.back() / 2);
+    std::vector<T> levels(sums.sizes.size() * std::min<int64_t>(kMeanColumns, end - begin));
+    sums.levels = levels.data();
+    T* mean = job.mean_row.data();
+    for (; begin < end; begin += kMeanColumns) {
+        sums.count = std::min<int64_t>(kMeanColumns, end - begin);
+        sums.rows = job.source + begin;
+        if (job.source_height > 1)
+            sums.Make(sums.sizes.size() - 1, 0, mean + begin);
+        else
+            std::copy(sums.rows, sums.rows + sums.count, mean + begin);
+        for (int64_t j = begin; j < begin + sums.count; ++j) mean[j] /= static_cast<T>(job.source_height);
     }
 }
 
@@ -218,27 +234,40 @@ ELLE_INLINE void PutRow(void* out, const void* row, std::size_t bytes, bool stre
 template <typename T>
 struct Scratch {
     explicit Scratch(const Job<T>& job)
-        : scale(job.scaled ? job.columns.index.size() : 0),
-          sums(std::max(job.noise_draw.sums, job.fresh_draw.sums)),
-          values(job.fresh_rows == nullptr ? 0 : std::max(job.fresh_draw.sums, job.asked_draw.sums)),
+        : scales(job.scaled ? kScaleRows * job.columns.index.size() : 0),
+          drawn(std::max({job.noise_draw.count, job.fresh_draw.count, job.asked_draw.count})),
           totals(job.copies.size()),
           longer(job.mean_column ? job.source_width + 1 : 0),
           halves(job.mean_column ? std::max<int64_t>(1, job.source_width / 2) : 0),
           row(job.columns.index.size()),
           noise_keys(job.noise_draw.key),
           fresh_keys(job.fresh_draw.key) {}
-    std::vector<T> scale;
-    std::vector<int32_t> sums;
-    std::vector<T> values;
+    std::vector<T> scales;  // of the last few scales of rows: maps have few, in turns
+    std::vector<int32_t> drawn;
     std::vector<int32_t> totals;
     std::vector<T> longer;  // a row of the source, and its mean
     std::vector<T> halves;
     std::vector<T> row;
     RoundKeys noise_keys, fresh_keys;
     int64_t longer_of = -2;
-    bool scale_known = false;
-    double scale_row = 1.0;
+    double scale_of[kScaleRows] = {};
+    int scales_made = 0;
 };
+
+// What the columns of a row are scaled by.
+template <typename T>
+inline const T* ScaleRow(const Job<T>& job, double row_scale, Scratch<T>& scratch) {
+    const std::size_t padded = job.columns.index.size();
+    const int known = std::min(scratch.scales_made, kScaleRows);
+    for (int k = 0; k < known; ++k)
+        if (scratch.scale_of[k] == row_scale) return scratch.scales.data() + k * padded;
+    const int place = scratch.scales_made++ % kScaleRows;
+    T* scale = scratch.scales.data() + place * padded;
+    scratch.scale_of[place] = row_scale;
+    for (int64_t j = 0; j < job.width; ++j)
+        scale[j] = static_cast<T>(job.col_scale == nullptr ? row_scale : row_scale * job.col_scale[j]);
+    return scale;
+}
 
 // The row of the source that row `i` is made of.
 template <typename T>
@@ -248,8 +277,8 @@ inline const T* SourceRow(const Job<T>& job, int64_t i, Scratch<T>& scratch) {
     if (!job.mean_column) return in;
     if (scratch.longer_of != r) {
         std::memcpy(static_cast<void*>(scratch.longer.data()), in, job.source_width * sizeof(T));
-        AddByHalves(in, 1, job.source_width, 1, scratch.halves.data());
-        scratch.longer[job.source_width] = scratch.halves[0] / static_cast<T>(job.source_width);
+        scratch.longer[job.source_width] =
+            SumByHalves(in, job.source_width, scratch.halves.data()) / static_cast<T>(job.source_width);
         scratch.longer_of = r;
     }
     return scratch.longer.data();
@@ -260,21 +289,14 @@ template <typename T>
 inline void MakeRow(const Job<T>& job, int64_t i, const T* in, bool scaled, bool noise, Scratch<T>& scratch) {
     const double row_scale = job.row_scale == nullptr ? 1.0 : job.row_scale[i];
     T* row = scratch.row.data();
-    if (scaled && !(scratch.scale_known && scratch.scale_row == row_scale)) {
-        for (int64_t j = 0; j < job.width; ++j)
-            scratch.scale[j] =
-                static_cast<T>(job.col_scale == nullptr ? row_scale : row_scale * job.col_scale[j]);
-        scratch.scale_known = true;
-        scratch.scale_row = row_scale;
-    }
-    const T* scale = scratch.scale.data();
-    int32_t* sums = scratch.sums.data();
+    const T* scale = scaled ? ScaleRow(job, row_scale, scratch) : nullptr;
+    int32_t* drawn = scratch.drawn.data();
     if (noise) {
         const Draw& draw = job.noise_draw;
-        FillSums(scratch.noise_keys, draw.first_row + i, draw.counter, draw.sums, sums);
-        if (!job.copies.empty()) Centre(job, scratch.totals, sums);
-        scaled ? FillRow<T, true, true>(job, in, scale, sums, row)
-               : FillRow<T, false, true>(job, in, nullptr, sums, row);
+        FillDrawn(scratch.noise_keys, draw.first_row + i, draw.counter, draw.count, drawn);
+        if (!job.copies.empty()) Centre(job, scratch.totals, drawn);
+        scaled ? FillRow<T, true, true>(job, in, scale, drawn, row)
+               : FillRow<T, false, true>(job, in, nullptr, drawn, row);
     } else if (job.alone) {
         std::fill(scratch.row.begin(), scratch.row.end(), T(0));
     } else {
@@ -287,12 +309,10 @@ inline void MakeRow(const Job<T>& job, int64_t i, const T* in, bool scaled, bool
 template <typename T>
 inline void DrawFresh(const Job<T>& job, int64_t i, bool all, Scratch<T>& scratch) {
     const Draw& draw = all ? job.fresh_draw : job.asked_draw;
-    int32_t* sums = scratch.sums.data();
-    T* values = scratch.values.data();
-    FillSums(scratch.fresh_keys, draw.first_row + i, draw.counter, draw.sums, sums);
-    ToValues(sums, draw.sums, job.fresh_factor, values);
-    all ? PutFresh<T, true>(job, values, scratch.row.data())
-        : PutFresh<T, false>(job, values, scratch.row.data());
+    int32_t* drawn = scratch.drawn.data();
+    FillDrawn(scratch.fresh_keys, draw.first_row + i, draw.counter, draw.count, drawn);
+    all ? PutFresh<T, true>(job, drawn, scratch.row.data())
+        : PutFresh<T, false>(job, drawn, scratch.row.data());
 }
 
 template <typename T>

@@ -5,17 +5,17 @@
 An index of :data:`MEAN` stands for the mean over the axis, and :class:`Fresh` says which entries are random instead.
 One pass, because a large tensor does not stay in a cache until a second one.
 
-The noise comes from Philox4x32-10 (Salmon et al., SC'11): the word of entry (row, column) is number ``column % 4``
-of the counter ``(column // 4, row mod 2^32, row // 2^32, 0)``, so it depends on nothing but the key and the entry's
-place in the whole tensor. The sum ``S`` of the word's four bytes is nearly normal (Irwin-Hall), and an integer: over
-the ``c`` copies of a unit, ``c S - sum S`` is centred exactly.
+The noise comes from Philox4x32-10 (Salmon et al., SC'11): the 16 bits ``u`` of entry (row, column) are number
+``column % 8`` (the low half of a word before its high half) of the counter ``(column // 8, row mod 2^32, row // 2^32,
+0)``, so they depend on nothing but the key and the entry's place in the whole tensor. They are uniform, at half the
+price of a word each, and integers: over the ``c`` copies of a unit, ``c u - sum u`` is centred exactly.
 
 Every step rounds to the type of the tensor in a fixed order, so that the compiled kernel (csrc/helpers/expand.cpp) and
 the PyTorch path give the same bits, and a block the bits it has in the whole:
 
     scale = round(row_scale * col_scale in fp64);  v = source * scale
-    n = round(c S - sum S) * round(strength / (c * BYTES_STD) in fp64);  out = v + (v * n)
-    random values: round((S - MEAN_OF_SUMS) * (std / BYTES_STD) in fp64)  (:class:`Fresh` says of which word)
+    n = round(c u - sum u) * round(strength / (c * BITS_STD) in fp64);  out = v + (v * n)
+    random values: round(2 u - 65535) * round(std / (2 BITS_STD) in fp64)  (:class:`Fresh` says of which bits)
 
 Means add by halves (:func:`sum_by_halves`), so their bits do not depend on how the other dimensions are cut.
 """
@@ -33,13 +33,13 @@ from torch import Tensor
 
 from elle_mp.ops.native import as_array, helpers
 
-BYTES_STD = ((256**2 - 1) / 3) ** 0.5
-"""Standard deviation of the sum of four uniform bytes."""
+BITS_STD = ((65536**2 - 1) / 12) ** 0.5
+"""Standard deviation of 16 uniform bits."""
 
-MEAN_OF_SUMS = 510
-"""Their mean."""
+TWICE_MEAN = 65535
+"""Twice their mean."""
 
-MAX_COPIES = 1 << 20
+MAX_COPIES = 1 << 15
 """Most copies of one unit: the centred integers stay below 2^31."""
 
 MEAN = -1
@@ -111,7 +111,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Fresh:
-    """Nearly normal values of standard deviation ``std`` where a row or a column wants them.
+    """Uniform values about zero of standard deviation ``std`` where a row or a column wants them.
 
     An entry's value depends on the key and its place in the whole tensor alone: its row, and its column where the row
     wants them, else the column's number among those of the whole tensor that want them. (Maps spread such columns: by
@@ -154,12 +154,12 @@ def expand(source: Tensor, index: Index, out: Tensor, noise: Noise | None = None
     """
     _check(source, index, out)
     _check_drawn(noise, fresh, out)
-    native = helpers("Drawn")
+    native = helpers("Draws")
     if native is None or out.device.type != "cpu":
         _expand_torch(source, index, out, noise, fresh)
         return
     place = noise or fresh
-    drawn = native.Drawn(
+    draws = native.Draws(
         *((None, 0, 0.0, False) if noise is None else (_array(noise.groups), noise.key, noise.strength, noise.alone)),
         *(
             (None, None, 0, 0.0)
@@ -169,7 +169,7 @@ def expand(source: Tensor, index: Index, out: Tensor, noise: Noise | None = None
         *((0, 0) if place is None else (place.first_row, place.first_col)),
         0 if fresh is None else fresh.first_asked,
     )
-    native.expand(as_array(source), *index.arrays, as_array(out), drawn, BYTES_STD, torch.get_num_threads())
+    native.expand(as_array(source), *index.arrays, as_array(out), draws, BITS_STD, torch.get_num_threads())
 
 
 def _array(values: Tensor) -> npt.NDArray[np.generic]:
@@ -177,7 +177,7 @@ def _array(values: Tensor) -> npt.NDArray[np.generic]:
 
 
 def _factor(fresh: Fresh) -> float:
-    return fresh.std / BYTES_STD
+    return fresh.std / (2 * BITS_STD)
 
 
 def sum_by_halves(values: Tensor, dim: int) -> Tensor:
@@ -215,24 +215,22 @@ def noise_values(noise: Noise, shape: tuple[int, int], dtype: torch.dtype = torc
         raise ValueError(f"expand makes noise for at most {MAX_COPIES} copies of a unit, got {count.max()}")
     order = np.argsort(group, kind="stable")
     begin = np.cumsum(count) - count
-    sums = byte_sums(noise.key, noise.first_row, noise.first_col, height, width)
-    centred = sums * count[group] - np.add.reduceat(sums[:, order], begin, axis=1)[:, group]
-    factor = torch.from_numpy(noise.strength / (count[group] * BYTES_STD)).to(dtype)
+    drawn = random_bits(noise.key, noise.first_row, noise.first_col, height, width)
+    centred = drawn * count[group] - np.add.reduceat(drawn[:, order], begin, axis=1)[:, group]
+    factor = torch.from_numpy(noise.strength / (count[group] * BITS_STD)).to(dtype)
     return torch.from_numpy(centred).to(dtype) * factor
 
 
-def byte_sums(key: int, first_row: int, first_col: int, height: int, width: int) -> npt.NDArray[np.int64]:
-    """``[height, width]``: the sum of the four bytes of each entry's Philox word, 0 to 1020."""
-    column = np.arange(first_col, first_col + width, dtype=np.uint64)
-    first = np.uint64(first_col // 4)
-    block = np.arange(first, (first_col + width + 3) // 4, dtype=np.uint64)[None, :]
+def random_bits(key: int, first_row: int, first_col: int, height: int, width: int) -> npt.NDArray[np.int64]:
+    """``[height, width]``: 16 bits of each entry, 0 to 65535."""
+    first = first_col // 8
+    block = np.arange(first, (first_col + width + 7) // 8, dtype=np.uint64)[None, :]
     row = np.arange(first_row, first_row + height, dtype=np.uint64)[:, None]
     zero = np.zeros((height, block.shape[1]), dtype=np.uint64)
     words = np.stack(philox((block + zero, (row & _LOW) + zero, (row >> _HALF) + zero, zero), key), axis=-1)
-    bytes_ = words.astype("<u4").view(np.uint8).reshape(height, -1, 4)
-    start = int(column[0] - first * np.uint64(4)) if width else 0
-    sums: npt.NDArray[np.int64] = bytes_[:, start : start + width].sum(-1, dtype=np.int64)
-    return sums
+    bits = words.astype("<u4").view("<u2").reshape(height, -1)
+    start = first_col - first * 8
+    return bits[:, start : start + width].astype(np.int64)
 
 
 Words = npt.NDArray[np.uint64]
@@ -288,13 +286,14 @@ def _with_fresh(value: Tensor, fresh: Fresh, tile: slice) -> Tensor:
     codes = torch.maximum(fresh.rows[tile, None], fresh.cols)
     height, width = codes.shape
     first_row = fresh.first_row + tile.start
-    sums = np.zeros((height, width), dtype=np.int64)
+    bits = np.zeros((height, width), dtype=np.int64)
     asked = as_array(fresh.cols) == RANDOM
-    sums[:, asked] = byte_sums(fresh.key, first_row, fresh.first_asked, height, int(asked.sum()))
+    bits[:, asked] = random_bits(fresh.key, first_row, fresh.first_asked, height, int(asked.sum()))
     whole = as_array(fresh.rows[tile]) == RANDOM
     if whole.any():
-        sums[whole] = byte_sums(fresh.key, first_row, fresh.first_col, height, width)[whole]
-    drawn = torch.from_numpy((sums - MEAN_OF_SUMS) * _factor(fresh)).to(value.dtype)
+        bits[whole] = random_bits(fresh.key, first_row, fresh.first_col, height, width)[whole]
+    factor = torch.tensor(_factor(fresh), dtype=torch.float64).to(value.dtype)
+    drawn = torch.from_numpy(2 * bits - TWICE_MEAN).to(value.dtype) * factor
     return torch.where((codes == RANDOM).to(value.device), drawn.to(value.device), value)
 
 

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from elle_mp.ops import expand as module
 from elle_mp.ops import native
-from elle_mp.ops.expand import FORBIDDEN, KEPT, MEAN, RANDOM, Fresh, Index, Noise, byte_sums, expand, noise_key, philox
+from elle_mp.ops.expand import (
+    FORBIDDEN,
+    KEPT,
+    MEAN,
+    RANDOM,
+    Fresh,
+    Index,
+    Noise,
+    expand,
+    noise_key,
+    philox,
+    random_bits,
+)
 
 WORD = 0xFFFFFFFF
 DTYPES = (torch.float32, torch.float64)
@@ -28,7 +40,7 @@ MAPS: dict[str, Callable[[int, int], Tensor]] = {
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
         monkeypatch.setattr(module, "helpers", lambda name: None)
-    elif native.helpers("Drawn") is None:
+    elif native.helpers("Draws") is None:
         pytest.skip("the helpers are not built")
     return str(request.param)
 
@@ -38,15 +50,15 @@ def strided(height: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(height, width + 5, dtype=dtype)[:, 3 : 3 + width]
 
 
-def philox_word(key: int, row: int, column: int) -> int:
-    """One word of Philox4x32-10 in Python's integers, after the paper."""
-    x = [column // 4, row & WORD, row >> 32, 0]
+def philox_bits(key: int, row: int, column: int) -> int:
+    """Half a word of Philox4x32-10 in Python's integers, after the paper."""
+    x = [column // 8, row & WORD, row >> 32, 0]
     k = [key & WORD, key >> 32]
     for _ in range(10):
         first, second = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
         x = [(second >> 32) ^ x[1] ^ k[0], second & WORD, (first >> 32) ^ x[3] ^ k[1], first & WORD]
         k = [(k[0] + 0x9E3779B9) & WORD, (k[1] + 0xBB67AE85) & WORD]
-    return x[column % 4]
+    return x[column % 8 // 2] >> (16 * (column % 2)) & 0xFFFF
 
 
 def by_loops(
@@ -60,12 +72,9 @@ def by_loops(
             value = kind(source[r, c].item()) * kind(row_scale[i].item() * col_scale[j].item())
             if noise is not None:
                 copies = [k for k, g in enumerate(noise.groups.tolist()) if g == noise.groups[j]]
-                sums = {
-                    k: sum(philox_word(noise.key, noise.first_row + i, noise.first_col + k).to_bytes(4, "little"))
-                    for k in copies
-                }
-                factor = kind(noise.strength / (len(copies) * (65535 / 3) ** 0.5))
-                value = value + value * (kind(len(copies) * sums[j] - sum(sums.values())) * factor)
+                bits = {k: philox_bits(noise.key, noise.first_row + i, noise.first_col + k) for k in copies}
+                factor = kind(noise.strength / (len(copies) * ((2**32 - 1) / 12) ** 0.5))
+                value = value + value * (kind(len(copies) * bits[j] - sum(bits.values())) * factor)
             out[i, j] = value
     return torch.from_numpy(out)
 
@@ -102,7 +111,7 @@ def test_every_entry_is_what_the_description_says(
     assert torch.equal(out, by_loops(source, rows, cols, row_scale, col_scale, noise))
 
 
-@pytest.mark.skipif(native.helpers("Drawn") is None, reason="the helpers are not built")
+@pytest.mark.skipif(native.helpers("Draws") is None, reason="the helpers are not built")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", MAPS)
 @pytest.mark.parametrize("scales", ["none", "rows", "cols", "both"])
@@ -173,7 +182,7 @@ def test_a_block_is_the_block_of_the_whole(path: str, dtype: torch.dtype) -> Non
         assert torch.equal(out, whole[top:bottom, left:right])
 
 
-@pytest.mark.skipif(native.helpers("Drawn") is None, reason="the helpers are not built")
+@pytest.mark.skipif(native.helpers("Draws") is None, reason="the helpers are not built")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("noisy", ["silent", "noise", "alone"])
 @pytest.mark.parametrize("fresh", [False, True])
@@ -263,12 +272,12 @@ def test_the_strength_of_the_noise(path: str, copies: int) -> None:
     assert abs(neighbours.item()) <= 5 * 2**0.5 * expected**2 / (400 * 640 / copies) ** 0.5
 
 
-def test_bytes_sum_to_nearly_normal_values() -> None:
-    sums = byte_sums(noise_key(0, "w"), 0, 0, 300, 1000)
-    normal = (sums - 510) / 21845**0.5
-    assert abs(normal.mean()) < 5 / 300000**0.5 and abs(normal.std() - 1) < 0.01
-    assert abs((normal**4).mean() - (3 - 1.2 / 4)) < 0.05  # the kurtosis of four uniform terms
-    assert not np.array_equal(sums, byte_sums(noise_key(0, "v"), 0, 0, 300, 1000))
+def test_bits_are_uniform() -> None:
+    bits = random_bits(noise_key(0, "w"), 0, 0, 300, 1000)
+    assert bits.min() >= 0 and bits.max() <= 65535 and abs(bits.mean() - 32767.5) < 5 * 65536 / (12 * 300000) ** 0.5
+    counts = np.bincount(bits.reshape(-1) >> 8, minlength=256)
+    assert abs(((counts - 300000 / 256) ** 2).sum() * 256 / 300000 - 255) < 5 * 510**0.5  # chi-squared
+    assert not np.array_equal(bits, random_bits(noise_key(0, "v"), 0, 0, 300, 1000))
 
 
 def test_the_key_is_a_digest_of_seed_and_name() -> None:
@@ -281,7 +290,7 @@ def test_an_older_build_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "helpers", lambda name: asked.append(name))
     source, out = torch.randn(2, 3), torch.empty(3, 4)
     expand(source, Index(torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1, 2])), out)
-    assert asked == ["Drawn"] and torch.equal(out, source[[0, 1, 1]][:, [2, 0, 1, 2]])
+    assert asked == ["Draws"] and torch.equal(out, source[[0, 1, 1]][:, [2, 0, 1, 2]])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-// Sums of the bytes of Philox4x32-10's words, which noise and random values are made of. Included by
-// expand_rows.h, once per x86-64 level as that is, so no include guard.
+// Halves of Philox4x32-10's words, which noise and random values are made of. Included by expand_rows.h, once
+// per x86-64 level as that is, so no include guard.
 
 // Low 32 bits of each lane times `factor` (32 bits), 64-bit products.
 ELLE_INLINE U64 MultiplyWords(U64 x, uint64_t factor) {
@@ -16,32 +16,23 @@ ELLE_INLINE U64 MultiplyWords(U64 x, uint64_t factor) {
 #endif
 }
 
-// Sums of the four bytes of each 32-bit lane.
-ELLE_INLINE U64 ByteSums(U64 words) {
-#if ELLE_LEVEL >= 4
-    const __m512i pairs = _mm512_maddubs_epi16((__m512i)words, _mm512_set1_epi8(1));
-    return (U64)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-#else
-    U32 x = (U32)words;
-    x = (x & 0x00ff00ffu) + ((x >> 8) & 0x00ff00ffu);
-    return (U64)((x + (x >> 16)) & 0xffffu);
-#endif
-}
-
-// out = front[0], back[0], front[1], back[1], ... in 64-bit lanes.
-ELLE_INLINE void StoreInTurns(U64 front, U64 back, int32_t* out) {
+// The 16-bit halves of front[0], back[0], front[1], back[1], ... in 64-bit lanes, each in 32 bits.
+ELLE_INLINE void StoreHalves(U64 front, U64 back, int32_t* out) {
 #if ELLE_LEVEL >= 4
     const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
     const __m512i high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
-    _mm512_storeu_si512(out, _mm512_permutex2var_epi64((__m512i)front, low, (__m512i)back));
-    _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi64((__m512i)front, high, (__m512i)back));
-#else
-    uint64_t lanes[16];
-    for (int i = 0; i < 8; ++i) {
-        lanes[2 * i] = front[i];
-        lanes[2 * i + 1] = back[i];
+    const __m512i half[2] = {_mm512_permutex2var_epi64((__m512i)front, low, (__m512i)back),
+                             _mm512_permutex2var_epi64((__m512i)front, high, (__m512i)back)};
+    for (int n = 0; n < 2; ++n) {
+        _mm512_storeu_si512(out + 32 * n, _mm512_cvtepu16_epi32(_mm512_castsi512_si256(half[n])));
+        _mm512_storeu_si512(out + 32 * n + 16, _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(half[n], 1)));
     }
-    std::memcpy(out, lanes, sizeof lanes);
+#else
+    for (int i = 0; i < 8; ++i)
+        for (int part = 0; part < 4; ++part) {
+            out[8 * i + part] = static_cast<int32_t>(front[i] >> (16 * part) & 0xffff);
+            out[8 * i + 4 + part] = static_cast<int32_t>(back[i] >> (16 * part) & 0xffff);
+        }
 #endif
 }
 
@@ -56,10 +47,10 @@ struct RoundKeys {
     U64 first[10], second[10];
 };
 
-// sums[c] for the 32 * kAbreast columns that start at 4 * counter, in one row: Philox4x32-10. A round waits
+// drawn[c] for the 64 * kAbreast columns that start at 8 * counter, in one row: Philox4x32-10. A round waits
 // for the one before, so several columns' rounds go side by side where there are registers for them.
 template <int kAbreast>
-ELLE_INLINE void FillSome(const RoundKeys& keys, uint64_t row, uint64_t counter, int32_t* sums) {
+ELLE_INLINE void FillSome(const RoundKeys& keys, uint64_t row, uint64_t counter, int32_t* drawn) {
     const U64 lane = {0, 1, 2, 3, 4, 5, 6, 7};
     // Words in 64-bit lanes; what the upper halves hold is of no interest.
     U64 x0[kAbreast], x1[kAbreast], x2[kAbreast], x3[kAbreast];
@@ -82,19 +73,20 @@ ELLE_INLINE void FillSome(const RoundKeys& keys, uint64_t row, uint64_t counter,
             x3[n] = p0;
         }
     }
-    // A counter's four words are four neighbouring columns.
+    // A counter's four words are eight neighbouring columns.
 #pragma GCC unroll 4
     for (int n = 0; n < kAbreast; ++n)
-        StoreInTurns(ByteSums((x0[n] & 0xffffffffu) | (x1[n] << 32)),
-                     ByteSums((x2[n] & 0xffffffffu) | (x3[n] << 32)), sums + 32 * n);
+        StoreHalves((x0[n] & 0xffffffffu) | (x1[n] << 32), (x2[n] & 0xffffffffu) | (x3[n] << 32),
+                    drawn + kColumns * n);
 }
 
-// The same for `count` columns, a multiple of 32.
-inline void FillSums(const RoundKeys& keys, int64_t row, uint32_t counter, int64_t count, int32_t* sums) {
+// The same for `count` columns, a multiple of kColumns.
+inline void FillDrawn(const RoundKeys& keys, int64_t row, uint32_t counter, int64_t count, int32_t* drawn) {
     constexpr int kAbreast = ELLE_LEVEL >= 4 ? 4 : 1;
     const uint64_t row_bits = static_cast<uint64_t>(row), first = counter;
     int64_t c = 0;
-    for (; c + 32 * kAbreast <= count; c += 32 * kAbreast)
-        FillSome<kAbreast>(keys, row_bits, first + static_cast<uint64_t>(c) / 4, sums + c);
-    for (; c < count; c += 32) FillSome<1>(keys, row_bits, first + static_cast<uint64_t>(c) / 4, sums + c);
+    for (; c + kColumns * kAbreast <= count; c += kColumns * kAbreast)
+        FillSome<kAbreast>(keys, row_bits, first + static_cast<uint64_t>(c) / 8, drawn + c);
+    for (; c < count; c += kColumns)
+        FillSome<1>(keys, row_bits, first + static_cast<uint64_t>(c) / 8, drawn + c);
 }
