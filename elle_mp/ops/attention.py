@@ -1,7 +1,7 @@
 """Multi-head attention with grouped keys and values, and layout-independent dropout.
 
-On CUDA, and where nothing is gained, this is PyTorch's SDPA. On the CPU in bf16, and wherever attention
-weights are dropped, it is :mod:`elle_mp.ops.chunked_attention`.
+On the CPU, in fp32 and bf16, this is :mod:`elle_mp.ops.expanded_attention`. Elsewhere it is PyTorch's SDPA or, when
+attention weights are dropped, :mod:`elle_mp.ops.chunked_attention`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from elle_mp.ops.chunked_attention import chunked_attention
 from elle_mp.ops.dropout import DropoutKey, keep_mask, keep_scale, sample_keys, threshold
-from elle_mp.ops.native import helpers
+from elle_mp.ops.expanded_attention import attention_kernel, has_kernel, packed_attention_kernel
 
 
 def attention(
@@ -53,7 +53,9 @@ def attention(
     local, groups = q.shape[2], k.shape[2]
     keys = _keys(q.shape[0], dropout, key)
     _check_heads(first_head, local, heads)
-    if _sdpa_is_better(q, dropout):
+    if has_kernel(q):
+        return attention_kernel(q, k, v, causal, dropout, keys, first_head, runs)
+    if threshold(dropout) == 0:
         return _sdpa(q, k, v, causal) if runs is None else _sdpa_of_runs(q, k, v, causal, runs)
     grouped = q.unflatten(2, (groups, local // groups))
     return chunked_attention(grouped, k, v, causal, dropout, keys, first_head, runs).flatten(2, 3)
@@ -83,7 +85,9 @@ def packed_attention(
     local = groups * (slots - 2)
     keys = _keys(batch, dropout, key)
     _check_heads(first_head, local, heads)
-    if _sdpa_is_better(qkv, dropout):
+    if has_kernel(qkv):
+        return packed_attention_kernel(qkv, causal, dropout, keys, first_head)
+    if threshold(dropout) == 0:
         q, k, v = qkv[:, :, :, :-2], qkv[:, :, :, -2], qkv[:, :, :, -1]
         return _sdpa(q.reshape(batch, length, local, head_dim), k, v, causal)
     return chunked_attention(qkv, None, None, causal, dropout, keys, first_head).flatten(2, 3)
@@ -105,14 +109,6 @@ def attention_reference(
         keep = keep_mask(keys.to(q.device), first_head * length, heads * length, length, dropout)
         weights = weights * keep.view(weights.shape).to(wide) * keep_scale(dropout)
     return torch.einsum("bgjst,btgd->bsgjd", weights.to(v.dtype), v).reshape(batch, length, heads, head_dim)
-
-
-def _sdpa_is_better(x: Tensor, dropout: float) -> bool:
-    if threshold(dropout):
-        return False
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
-        return True
-    return helpers("softmax_forward") is None
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

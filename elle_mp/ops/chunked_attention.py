@@ -1,10 +1,8 @@
-"""Attention as GEMMs over blocks of a few sequences' weights, which stay in the cache.
+"""Attention in plain PyTorch, as GEMMs over blocks of a few sequences' weights, with our dropout masks.
 
-For each block of queries: scores = q k^T (bf16 GEMM), softmax and dropout over their rows in one pass (fp32
-inside, compiled; see csrc/helpers/softmax.cpp), then weights v. Only the log-sum-exp of each
-row is kept; the backward pass recomputes the scores and the masks (as FlashAttention does, arXiv
-2205.14135). Of a causal block the columns after its last query are never computed. PyTorch's CPU SDPA takes
-three times as long in bf16, and leaves its fast path altogether when weights are dropped.
+For each block of queries: scores = q k^T, softmax and dropout over their rows (fp32 inside), then weights v. Only
+the log-sum-exp of each row is kept; the backward pass recomputes the scores and the masks (as FlashAttention does,
+arXiv 2205.14135). Of a causal block the columns after its last query are never computed.
 """
 
 from __future__ import annotations
@@ -18,10 +16,9 @@ import torch
 from torch import Tensor
 
 from elle_mp.ops.dropout import keep_mask, keep_scale, threshold
-from elle_mp.ops.native import as_array, helpers
 
 _BLOCK_ELEMENTS = 2 << 20
-"""Weights computed at a time over all heads: two such blocks in bf16 are 8 MB of a last-level cache."""
+"""Weights computed at a time over all heads: two such blocks in bf16 are 8 MB."""
 
 _CAUSAL_ROWS = 512
 """A causal sequence is cut into up to four blocks of queries, of at least so many rows: what its upper triangle
@@ -109,10 +106,6 @@ class _Rows:
 
     def forward(self, scores: Tensor, lse: Tensor, block: _Block, scale: float) -> None:
         """Turns scores ``[n, H, Q, K]`` into dropped weights in place and writes ``lse [n, H, Q]``."""
-        native = self._native("softmax_forward", scores)
-        if native is not None:
-            native(as_array(scores), as_array(lse), *self._arguments(block, scale))
-            return
         wide = self._scaled(scores, block.place, scale)
         lse.copy_(torch.logsumexp(wide, -1))
         weights = wide.sub_(lse[..., None]).exp_()
@@ -122,10 +115,6 @@ class _Rows:
 
     def backward(self, scores: Tensor, grads: Tensor, lse: Tensor, block: _Block, scale: float) -> None:
         """Turns scores into dropped weights, and ``grads`` of these into gradients of ``q k^T``, in place."""
-        native = self._native("softmax_backward", scores)
-        if native is not None:
-            native(as_array(scores), as_array(grads), as_array(lse), *self._arguments(block, scale))
-            return
         weights = self._scaled(scores, block.place, scale).sub_(lse[..., None]).exp_()
         wide = grads.to(weights.dtype)
         if threshold(self.dropout):
@@ -136,17 +125,6 @@ class _Rows:
             scores.copy_(weights)
         product = weights * wide
         grads.copy_(product.sub_(weights.mul_(product.sum(-1, keepdim=True))).mul_(scale))
-
-    def _native(self, name: str, scores: Tensor) -> Any:
-        if scores.device.type != "cpu" or scores.dtype not in (torch.bfloat16, torch.float32):
-            return None
-        module = helpers(name)
-        return None if module is None else getattr(module, name)
-
-    def _arguments(self, block: _Block, scale: float) -> tuple[Any, ...]:
-        masks = as_array(self.keys[block.samples]), self.first_head, block.place, self.length, self.causal
-        p = self.dropout
-        return (*masks, threshold(p), scale, keep_scale(p), torch.get_num_threads())
 
     def _scaled(self, scores: Tensor, first: int, scale: float) -> Tensor:
         wide = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32) * scale

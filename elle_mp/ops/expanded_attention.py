@@ -103,6 +103,33 @@ def expanded_attention_reference(
     return _reference(q, k, v, shape, mask, dropout, keys, first_head, shape.dim**-0.5 if scale is None else scale)
 
 
+def attention_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    dropout: float,
+    keys: Tensor,
+    first_head: int,
+    runs: Sequence[range] | None = None,
+) -> Tensor:
+    """Attention of sequences without prompt, documents or padding: ``[B, Sq, H, D]``.
+
+    Only where :func:`has_kernel` says so, with ``G`` dividing ``H``.
+
+    Args:
+        keys: int64 ``[B]``, :func:`elle_mp.ops.dropout.sample_keys`.
+        runs: the positions of the queries among those of the keys; ``None`` when they are the same.
+    """
+    heads, groups = q.shape[2], k.shape[2]
+    positions = torch.arange(k.shape[1]) if runs is None else torch.cat([torch.arange(r.start, r.stop) for r in runs])
+    kv_map = torch.arange(heads) // (heads // groups)
+    seen = _intervals(q.shape[0], k.shape[1], positions, causal)
+    numbers = first_head, threshold(dropout), q.shape[-1] ** -0.5
+    out: Tensor = _KERNELS.expanded_attention(q, k, v, kv_map, seen, keys, positions, *numbers)[0]
+    return out
+
+
 def packed_attention_kernel(qkv: Tensor, causal: bool, dropout: float, keys: Tensor, first_head: int) -> Tensor:
     """Attention of a fused projection ``[B, S, G, H / G + 2, D]``: ``[B, S, H, D]``; its gradient is one tensor.
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from elle_mp.ops import activations, attention, chunked_attention, dropout, linear_cross_entropy, native
+from elle_mp.ops import activations, dropout, expanded_attention, linear_cross_entropy, native
 
-USERS = (activations, attention, chunked_attention, dropout, linear_cross_entropy)
+USERS = (activations, dropout, linear_cross_entropy)
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -15,6 +15,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "torch":
         for module in USERS:
             monkeypatch.setattr(module, "helpers", lambda name: None)
-    elif native.helpers("gelu") is None:
-        pytest.skip("the helpers are not built")
+        monkeypatch.setattr(expanded_attention, "_KERNELS", None)
+    elif native.helpers("gelu") is None or expanded_attention._KERNELS is None:
+        pytest.skip("the helpers and the ops are not built")
     return str(request.param)

@@ -99,16 +99,23 @@ def _attention(setting: Setting) -> int:
         # Cosine and sine in the computation's type, once for queries and once for keys; in fp64 it is theirs already.
         kept += 4 * spec.positions // setting.cp * spec.head_dim // 2 * e if e < 8 else 0
     if setting.cp > 1:
-        return kept + inner + 2 * keys * setting.cp
+        # Queries without a turn are a view of the projection, where each group has one of them.
+        view = _compiled(setting) and not spec.rotary and spec.queries == 1
+        return kept + inner + (2 * keys if view else 0) + 2 * keys * setting.cp
     if not spec.rotary or _chunked(setting):
         return kept + inner + 2 * keys
     # Turned queries and keys, and, for the values, the projection that they are a view of.
     return kept + (inner + keys) + (inner + 2 * keys)
 
 
+def _compiled(setting: Setting) -> bool:
+    """Whether attention is :mod:`elle_mp.ops.expanded_attention`, as :mod:`elle_mp.ops.attention` chooses."""
+    return setting.device == "cpu" and setting.compute < 8
+
+
 def _chunked(setting: Setting) -> bool:
-    """Whether attention is :mod:`elle_mp.ops.chunked_attention`, as :mod:`elle_mp.ops.attention` chooses."""
-    return threshold(setting.spec.attention_dropout) > 0 or (setting.device == "cpu" and setting.compute == 2)
+    """Whether it is :mod:`elle_mp.ops.chunked_attention`."""
+    return threshold(setting.spec.attention_dropout) > 0 and not _compiled(setting)
 
 
 def _mlp(setting: Setting) -> int:
