@@ -19,6 +19,8 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr std::size_t kAlignment = 64;
+// Of packed keys and values that are made at a time: 4 MB.
+constexpr int64_t kPackedFloats = 1 << 20;
 
 struct Free {
     void operator()(float* p) const { std::free(p); }
@@ -108,19 +110,34 @@ void Describe(Attention& work, const Tensor& seen, const Tensor& sample_keys, co
     work.keep_scale = static_cast<float>(65536.0 / (65536.0 - static_cast<double>(threshold)));
 }
 
+// Runs the forward pass for a few kv heads at a time, so that their packed keys stay in a cache and the
+// buffer is one that the allocator keeps.
 void RunForward(const Attention& work, const AttentionKernels& kernels) {
     if (work.batch == 0 || work.queries == 0 || work.heads == 0 || work.dim == 0) return;
-    const int64_t packed = kernels.packed(work), blocks = work.blocks();
-    const Buffer keys = Allocate(work.batch * work.groups * packed);
-    ForItems(work.batch * work.groups, 0, [&](int64_t item, float*) {
-        kernels.pack(work, item / work.groups, item % work.groups, keys.get() + item * packed);
-    });
-    ForItems(work.batch * work.heads * blocks, kernels.forward_scratch(work),
-             [&](int64_t item, float* scratch) {
-                 const int64_t sample = item / (work.heads * blocks), head = item / blocks % work.heads;
-                 kernels.forward(work, sample, head, item % blocks,
-                                 keys.get() + (sample * work.groups + work.kv_of[head]) * packed, scratch);
-             });
+    const int64_t packed = kernels.packed(work), blocks = work.blocks(), pairs = work.batch * work.groups;
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t wave = std::min(pairs, std::max(threads, kPackedFloats / packed));
+    const Buffer keys = Allocate(wave * packed);
+    struct Head {
+        int64_t sample, head, slot;
+    };
+    for (int64_t first = 0; first < pairs; first += wave) {
+        const int64_t end = std::min(pairs, first + wave);
+        std::vector<Head> heads;
+        for (int64_t pair = first; pair < end; ++pair)
+            for (int64_t head = 0; head < work.heads; ++head)
+                if (work.kv_of[head] == pair % work.groups)
+                    heads.push_back({pair / work.groups, head, pair - first});
+        ForItems(end - first, 0, [&](int64_t slot, float*) {
+            const int64_t pair = first + slot;
+            kernels.pack(work, pair / work.groups, pair % work.groups, keys.get() + slot * packed);
+        });
+        const int64_t items = static_cast<int64_t>(heads.size()) * blocks;
+        ForItems(items, kernels.forward_scratch(work), [&](int64_t item, float* scratch) {
+            const Head& x = heads[item / blocks];
+            kernels.forward(work, x.sample, x.head, item % blocks, keys.get() + x.slot * packed, scratch);
+        });
+    }
 }
 
 void RunBackward(const Attention& work, const AttentionKernels& kernels) {
