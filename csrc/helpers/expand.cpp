@@ -6,12 +6,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "expansion.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -171,6 +173,13 @@ void Means(Job<T>& job, int64_t begin, int64_t end) {
     base::MeanOfRows(job, begin, end);
 }
 
+void Zeros(char* to, std::size_t bytes) {
+#if defined(ELLE_EXPAND_LEVELS)
+    if (__builtin_cpu_supports("x86-64-v4")) return v4::PutZeros(to, bytes);
+#endif
+    base::PutZeros(to, bytes);
+}
+
 // `size` elements may be read; `wide` of them make a vector.
 void MakeGather(Gather& map, const int64_t* index, int64_t count, int wide, int64_t size) {
     const int64_t vectors = (count + wide - 1) / wide;
@@ -313,62 +322,118 @@ const typename Array::value_type* Column(const py::object& values, int64_t size,
     return array.data();
 }
 
+// The growth of one matrix; its arrays live for as long as it does.
 template <typename T>
-void Expand(const py::array_t<T>& source, const Indices& rows, const Indices& cols,
-            const py::object& row_scale, const py::object& col_scale, py::array_t<T>& out, const Draws& draws,
-            double std, int threads) {
-    Job<T> job{};
-    const int64_t height = rows.size();
-    job.width = cols.size();
-    if (out.ndim() != 2 || out.shape(0) != height || out.shape(1) != job.width)
-        throw std::invalid_argument("expand wants an index for each row and column of out");
-    if (height == 0 || job.width == 0) return;
-    job.source_stride = RowStride(source, "source");
-    job.out_stride = RowStride(out, "out");
-    job.source_height = source.shape(0);
-    job.source_width = source.shape(1);
-    const bool mean_row = CheckIndices(rows.data(), height, job.source_height);
-    job.mean_column = CheckIndices(cols.data(), job.width, job.source_width);
-    job.source = source.data();
-    job.out = out.mutable_data();
-    job.rows = rows.data();
-    job.row_scale = ScaleOrOnes(row_scale, height);
-    job.col_scale = ScaleOrOnes(col_scale, job.width);
-    job.scaled = job.row_scale != nullptr || job.col_scale != nullptr;
-    const int64_t* groups = Column<Indices>(draws.groups, job.width, "expand wants a group for each column");
-    const uint8_t* fresh_rows = Column<Codes>(draws.fresh_rows, height, "expand wants a code for each row");
-    const uint8_t* fresh_cols =
-        Column<Codes>(draws.fresh_cols, job.width, "expand wants a code for each column");
-    const py::gil_scoped_release release;
-    const int64_t entries = height * job.width;
-    const int used = entries < kSerialEntries ? 1 : threads;
-    std::vector<int64_t> columns(cols.data(), cols.data() + job.width);
-    for (int64_t& index : columns) index = index == kMean ? job.source_width : index;
-    MakeGather(job.columns, columns.data(), job.width, kLanesOf<T>, job.source_width + job.mean_column);
-    job.contiguous = true;
-    for (int64_t j = 1; j < job.width; ++j) job.contiguous &= columns[j] == columns[j - 1] + 1;
-    job.stream = entries * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
-    const int64_t padded = static_cast<int64_t>(job.columns.index.size());
-    job.alone = draws.alone;
-    job.noise_draw = Draw(draws.noise_key, draws.first_row, draws.first_col, padded);
-    job.fresh_draw = Draw(draws.fresh_key, draws.first_row, draws.first_col, padded);
-    if (groups != nullptr) PlanNoise(job, groups, draws.strength, std);
-    if (fresh_rows != nullptr && fresh_cols != nullptr) PlanFresh(job, fresh_rows, fresh_cols, draws);
-    if (mean_row) {
-        job.mean_row.resize(job.source_width);
-        ParallelFor(job.source_width, used, [&job](int64_t begin, int64_t end) { Means(job, begin, end); });
+class ExpansionOf : public Expansion {
+  public:
+    ExpansionOf(const py::array_t<T>& source, const Indices& rows, const Indices& cols,
+                const py::object& row_scale, const py::object& col_scale, py::array_t<T>& out,
+                const Draws& draws, double std)
+        : Expansion(rows.size(), cols.size()),
+          draws_(draws),
+          std_(std),
+          cols_(cols.data()),
+          held_{source, rows, cols, row_scale, col_scale, out} {
+        if (out.ndim() != 2 || out.shape(0) != height || out.shape(1) != width)
+            throw std::invalid_argument("expand wants an index for each row and column of out");
+        if (height == 0 || width == 0) return;
+        job_.width = width;
+        job_.source_stride = RowStride(source, "source");
+        job_.out_stride = RowStride(out, "out");
+        job_.source_height = source.shape(0);
+        job_.source_width = source.shape(1);
+        mean_row_ = CheckIndices(rows.data(), height, job_.source_height);
+        job_.mean_column = CheckIndices(cols.data(), width, job_.source_width);
+        job_.source = source.data();
+        job_.out = out.mutable_data();
+        job_.rows = rows.data();
+        job_.row_scale = ScaleOrOnes(row_scale, height);
+        job_.col_scale = ScaleOrOnes(col_scale, width);
+        job_.scaled = job_.row_scale != nullptr || job_.col_scale != nullptr;
+        groups_ = Column<Indices>(draws.groups, width, "expand wants a group for each column");
+        fresh_rows_ = Column<Codes>(draws.fresh_rows, height, "expand wants a code for each row");
+        fresh_cols_ = Column<Codes>(draws.fresh_cols, width, "expand wants a code for each column");
     }
-    ParallelFor(height, used, [&job](int64_t begin, int64_t end) { Rows(job, begin, end); });
+
+    void Prepare(int threads) override {
+        std::vector<int64_t> columns(cols_, cols_ + width);
+        for (int64_t& index : columns) index = index == kMean ? job_.source_width : index;
+        MakeGather(job_.columns, columns.data(), width, kLanesOf<T>, job_.source_width + job_.mean_column);
+        job_.contiguous = true;
+        for (int64_t j = 1; j < width; ++j) job_.contiguous &= columns[j] == columns[j - 1] + 1;
+        job_.stream = height * width * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+        const int64_t padded = static_cast<int64_t>(job_.columns.index.size());
+        job_.alone = draws_.alone;
+        job_.noise_draw = Draw(draws_.noise_key, draws_.first_row, draws_.first_col, padded);
+        job_.fresh_draw = Draw(draws_.fresh_key, draws_.first_row, draws_.first_col, padded);
+        if (groups_ != nullptr) PlanNoise(job_, groups_, draws_.strength, std_);
+        if (fresh_rows_ != nullptr && fresh_cols_ != nullptr)
+            PlanFresh(job_, fresh_rows_, fresh_cols_, draws_);
+        if (!mean_row_) return;
+        job_.mean_row.resize(job_.source_width);
+        ParallelFor(job_.source_width, threads,
+                    [this](int64_t begin, int64_t end) { Means(job_, begin, end); });
+    }
+
+    void Make(int64_t begin, int64_t end) const override { Rows(job_, begin, end); }
+
+  private:
+    Job<T> job_{};
+    const Draws draws_;
+    const double std_;
+    const int64_t* cols_;
+    const int64_t* groups_ = nullptr;
+    const uint8_t *fresh_rows_ = nullptr, *fresh_cols_ = nullptr;
+    bool mean_row_ = false;
+    const std::vector<py::object> held_;
+};
+
+// Nothing but zeros.
+class ZeroExpansion : public Expansion {
+  public:
+    explicit ZeroExpansion(py::array& out)
+        : Expansion((out.nbytes() + kPiece - 1) / kPiece, kPiece),
+          out_(static_cast<char*>(out.mutable_data())),
+          bytes_(out.nbytes()),
+          held_(out) {
+        if (!(out.flags() & py::array::c_style)) throw std::invalid_argument("expand wants contiguous zeros");
+    }
+    void Prepare(int) override {}
+    void Make(int64_t begin, int64_t end) const override {
+        Zeros(out_ + begin * kPiece, std::min(end * kPiece, bytes_) - begin * kPiece);
+    }
+
+  private:
+    static constexpr int64_t kPiece = 1 << 14;
+    char* const out_;
+    const int64_t bytes_;
+    const py::object held_;
+};
+
+void Run(Expansion& expansion, int threads) {
+    const py::gil_scoped_release release;
+    const int64_t entries = expansion.height * expansion.width;
+    if (entries == 0) return;
+    const int used = entries < kSerialEntries ? 1 : threads;
+    expansion.Prepare(used);
+    ParallelFor(expansion.height, used, [&](int64_t begin, int64_t end) { expansion.Make(begin, end); });
 }
 
 template <typename T>
 void Register(py::module_& m) {
     using py::arg;
     m.def(
-        "expand", &Expand<T>, arg("source").noconvert(), arg("rows").noconvert(), arg("cols").noconvert(),
-        arg("row_scale"), arg("col_scale"), arg("out").noconvert(), arg("draws"), arg("std"), arg("threads"),
-        "Writes source[rows][:, cols], scaled, with zero-sum noise over columns of one group and with random "
-        "values where they are asked for, into out.");
+        "expansion",
+        [](const py::array_t<T>& source, const Indices& rows, const Indices& cols,
+           const py::object& row_scale, const py::object& col_scale, py::array_t<T>& out, const Draws& draws,
+           double std) -> std::unique_ptr<Expansion> {
+            return std::make_unique<ExpansionOf<T>>(source, rows, cols, row_scale, col_scale, out, draws,
+                                                    std);
+        },
+        arg("source").noconvert(), arg("rows").noconvert(), arg("cols").noconvert(), arg("row_scale"),
+        arg("col_scale"), arg("out").noconvert(), arg("draws"), arg("std"),
+        "source[rows][:, cols], scaled, with zero-sum noise over columns of one group and with random values "
+        "where they are asked for, to be written into out.");
 }
 
 }  // namespace
@@ -393,8 +458,17 @@ void register_expand(py::module_& m) {
              py::arg("groups"), py::arg("noise_key"), py::arg("strength"), py::arg("alone"),
              py::arg("fresh_rows"), py::arg("fresh_cols"), py::arg("fresh_key"), py::arg("factor"),
              py::arg("first_row"), py::arg("first_col"), py::arg("first_asked"));
+    py::class_<Expansion>(m, "Expansion").def("run", &Run, py::arg("threads"));
     Register<float>(m);
     Register<double>(m);
+    m.def(
+        "zeros",
+        [](py::array& out) -> std::unique_ptr<Expansion> { return std::make_unique<ZeroExpansion>(out); },
+        py::arg("out").noconvert(), "Zeros, to be written into out.");
+    py::class_<ExpansionQueue>(m, "ExpansionQueue")
+        .def(py::init<int>(), py::arg("threads"))
+        .def("push", &ExpansionQueue::Push, py::arg("expansion"))
+        .def("finish", &ExpansionQueue::Finish);
 }
 
 }  // namespace elle_mp

@@ -230,6 +230,24 @@ ELLE_INLINE void PutRow(void* out, const void* row, std::size_t bytes, bool stre
     std::memcpy(out, row, bytes);
 }
 
+// Zeros, past the caches.
+inline void PutZeros(char* to, std::size_t bytes) {
+    const std::size_t head = std::min<std::size_t>(-reinterpret_cast<uintptr_t>(to) % 64, bytes);
+    std::memset(to, 0, head);
+    std::size_t at = head;
+#if ELLE_LEVEL >= 4
+    for (; at + 64 <= bytes; at += 64)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), _mm512_setzero_si512());
+#elif defined(__SSE2__)
+    for (; at + 16 <= bytes; at += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + at), _mm_setzero_si128());
+#endif
+    std::memset(to + at, 0, bytes - at);
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 // What a thread works with.
 template <typename T>
 struct Scratch {

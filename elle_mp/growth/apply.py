@@ -14,9 +14,10 @@ from elle_mp.axes import Axis, ParamSpec
 from elle_mp.growth.blocks import Block, grow_moment, grow_weight
 from elle_mp.growth.layout import Alignment, Layout, OldParameters
 from elle_mp.growth.plan import GrowthPlan
-from elle_mp.growth.tensors import parameter_growths
+from elle_mp.growth.tensors import TensorPlanner
 from elle_mp.models.declarations import declarations
 from elle_mp.models.pipeline import LanguageModel, stage_of, stage_parts
+from elle_mp.ops.expand import Expansions
 from elle_mp.ops.random import Bounds
 from elle_mp.parallel.sharding import local_tensor, my_bounds, named_specs
 
@@ -28,6 +29,15 @@ class Moments:
     step: Tensor
     first: Tensor
     second: Tensor
+
+    def of_degree(self, degree: int) -> Tensor:
+        """The moment of degree 1 or 2 in the gradient."""
+        return self.first if degree == 1 else self.second
+
+    def reset(self, later: Expansions) -> None:
+        """Starts anew, once ``later`` is through."""
+        for tensor in (self.step, self.first, self.second):
+            later.zero(tensor)
 
 
 @dataclass
@@ -61,31 +71,35 @@ def grow_on_shards(
     owners, me = _owners(new), new.grid.rank("pp")
     traffic = Traffic()
     parameters = dict(new.named_parameters())
-    for name, growth in parameter_growths(plan, whole_specs(new)).items():
-        recut = alignment.recut(growth)
-        if recut:
-            traffic.recut.append(name)
-        bounds = my_bounds(growth.spec, growth.shape, new.grid)
-        needs = growth.needs(bounds)
-        blocks = {key: source.weight(key, needs[key], key in recut, owners[name], traffic) for key in growth.reads}
-        if owners[name] == me:
-            mine = {key: block for key, block in blocks.items() if block is not None}
-            grow_weight(growth, mine, bounds, local_tensor(parameters[name]))
-        blocks.clear()
-        state = new_moments[name] if owners[name] == me else None
-        if growth.source is None or growth.moments == "reset":
-            if state is not None:
-                for tensor in (state.step, state.first, state.second):
-                    tensor.zero_()
-            continue
-        for degree in (1, 2):
-            key = growth.source
-            block = source.moment(key, degree, needs[key], key in recut, owners[name], traffic)
-            if state is not None and block is not None:
-                grow_moment(growth, block, bounds, state.first if degree == 1 else state.second, degree)
-        step = source.step(growth.source, owners[name], traffic)
-        if state is not None and step is not None:
-            state.step.copy_(step)
+    planner = TensorPlanner(plan)
+    with Expansions() as later:
+        for name, spec in whole_specs(new).items():
+            growth = planner(name, spec)
+            recut, before = alignment.recut(growth), traffic.received
+            if recut:
+                traffic.recut.append(name)
+            bounds, to = my_bounds(spec, growth.shape, new.grid), owners[name]
+            needs = growth.needs(bounds)
+            blocks = {key: source.weight(key, needs[key], key in recut, to, traffic) for key in growth.reads}
+            if to == me:
+                mine = {key: block for key, block in blocks.items() if block is not None}
+                grow_weight(growth, mine, bounds, local_tensor(parameters[name]), later)
+            blocks.clear()
+            state = new_moments[name] if to == me else None
+            if growth.source is None or growth.moments == "reset":
+                if state is not None:
+                    state.reset(later)
+            else:
+                key = growth.source
+                for degree in (1, 2):
+                    block = source.moment(key, degree, needs[key], key in recut, to, traffic)
+                    if state is not None and block is not None:
+                        grow_moment(growth, block, bounds, state.of_degree(degree), degree, later)
+                step = source.step(key, to, traffic)
+                if state is not None and step is not None:
+                    state.step.copy_(step)
+            if traffic.received > before or growth.treatment.fold is not None:
+                later.finish()  # and let go of what was received or computed for this one
     _grow_norm_stats(plan, old, new)
     return traffic
 
@@ -124,7 +138,7 @@ class _Shards:
     def moment(self, name: str, degree: int, needed: Bounds, gather: bool, to: int, traffic: Traffic) -> Block | None:
         """The same of Adam's first or second moment."""
         state = self.moments.get(name)
-        local = None if state is None else state.first if degree == 1 else state.second
+        local = None if state is None else state.of_degree(degree)
         return self._block(name, local, needed, gather, to, traffic)
 
     def step(self, name: str, to: int, traffic: Traffic) -> Tensor | None:

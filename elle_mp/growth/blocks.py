@@ -12,7 +12,7 @@ from torch import Tensor
 from elle_mp.growth.indices import groups_of, indices_of, random_codes
 from elle_mp.growth.maps import Fill
 from elle_mp.growth.tensors import TensorGrowth, moment_factor
-from elle_mp.ops.expand import RANDOM, Fresh, Index, Noise, expand, noise_key, sum_by_halves
+from elle_mp.ops.expand import RANDOM, Expansions, Fresh, Index, Noise, expand, noise_key, sum_by_halves
 from elle_mp.ops.random import Bounds, normal_block
 
 
@@ -28,15 +28,17 @@ Blocks = Mapping[str, Block]
 
 
 @torch.no_grad()
-def grow_weight(growth: TensorGrowth, blocks: Blocks, bounds: Bounds, out: Tensor) -> None:
-    """Writes the block ``bounds`` of the grown weight into ``out``."""
+def grow_weight(
+    growth: TensorGrowth, blocks: Blocks, bounds: Bounds, out: Tensor, later: Expansions | None = None
+) -> None:
+    """Writes the block ``bounds`` of the grown weight into ``out``; ``later`` may do so after the return."""
     if out.numel() == 0:
         return
     if growth.source is None:
         out.fill_(growth.treatment.constant or 0.0)
         return
     if growth.treatment.zero and growth.noise is None:
-        out.zero_()
+        out.zero_() if later is None else later.zero(out)
         return
     source = _folded(growth, blocks)
     noise = _noise(growth, bounds)
@@ -44,7 +46,9 @@ def grow_weight(growth: TensorGrowth, blocks: Blocks, bounds: Bounds, out: Tenso
         _write_noise_alone(growth, source, bounds, out, noise)
         return
     fresh = _fresh(growth, bounds)
-    _expand(growth, source, _weights(growth, source, bounds), out, noise, fresh)
+    if growth.above is not None or growth.copy_noise is not None:
+        later = None  # what follows changes ``out``
+    _expand(source, _weights(growth, source, bounds), out, noise, fresh, later)
     if growth.above is not None:
         _take_from_above(growth, blocks[growth.above], bounds, out, noise, fresh)
     if growth.copy_noise is not None:
@@ -52,7 +56,9 @@ def grow_weight(growth: TensorGrowth, blocks: Blocks, bounds: Bounds, out: Tenso
 
 
 @torch.no_grad()
-def grow_moment(growth: TensorGrowth, block: Block, bounds: Bounds, out: Tensor, degree: int) -> None:
+def grow_moment(
+    growth: TensorGrowth, block: Block, bounds: Bounds, out: Tensor, degree: int, later: Expansions | None = None
+) -> None:
     """Writes the block of Adam's moment of ``degree`` 1 or 2 in the gradient into ``out``, from one of the old."""
     if out.numel() == 0:
         return
@@ -62,7 +68,7 @@ def grow_moment(growth: TensorGrowth, block: Block, bounds: Bounds, out: Tensor,
         factors = tuple(None if item is None else moment_factor(item, growth.moments, degree) for item in growth.dims)
         indices = indices_of(growth.dims, bounds, block.bounds, factors, means=False)
         growth.known.put(indices, growth.dims, *key)
-    _expand(growth, block, indices, out)
+    _expand(block, indices, out, later=None if growth.pick else later)
     if growth.pick:
         out.mul_(_picked(growth, bounds))
 
@@ -78,14 +84,15 @@ def _weights(growth: TensorGrowth, block: Block, bounds: Bounds) -> Index:
 
 
 def _expand(
-    growth: TensorGrowth,
     block: Block,
     indices: Index,
     out: Tensor,
     noise: Noise | None = None,
     fresh: Fresh | None = None,
+    later: Expansions | None = None,
 ) -> None:
-    expand(_matrix(block.values), indices, out if out.dim() == 2 else out.view(-1, out.shape[-1]), noise, fresh)
+    matrix = out if out.dim() == 2 else out.view(-1, out.shape[-1])
+    expand(_matrix(block.values), indices, matrix, noise, fresh, later)
 
 
 def _matrix(values: Tensor) -> Tensor:
@@ -146,18 +153,18 @@ def _write_noise_alone(growth: TensorGrowth, source: Block, bounds: Bounds, out:
     indices = _weights(growth, source, bounds)
     alone = None if noise is None else replace(noise, alone=True)
     if growth.treatment.zero:
-        _expand(growth, source, indices, out, alone)
+        _expand(source, indices, out, alone)
         return
-    _expand(growth, source, indices, out)
+    _expand(source, indices, out)
     out.mul_(_picked(growth, bounds).to(out.device))
     if alone is not None:
         added = torch.empty_like(out)
-        _expand(growth, source, indices, added, alone)
+        _expand(source, indices, added, alone)
         out.add_(added)
     fresh = _fresh(growth, bounds)
     if fresh is not None:
         drawn = torch.empty_like(out)
-        _expand(growth, source, indices, drawn, None, fresh)
+        _expand(source, indices, drawn, None, fresh)
         wanted = torch.maximum(fresh.rows[:, None], fresh.cols) == RANDOM
         torch.where(wanted.to(out.device), drawn, out, out=out)
 
@@ -166,7 +173,7 @@ def _take_from_above(
     growth: TensorGrowth, above: Block, bounds: Bounds, out: Tensor, noise: Noise | None, fresh: Fresh | None
 ) -> None:
     values = torch.empty_like(out)
-    _expand(growth, above, _weights(growth, above, bounds), values, noise, fresh)
+    _expand(above, _weights(growth, above, bounds), values, noise, fresh)
     places = _any(growth, bounds, Fill.NEXT).to(out.device)
     torch.where(places, values, out, out=out)
 

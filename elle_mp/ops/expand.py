@@ -23,8 +23,10 @@ Means add by halves (:func:`sum_by_halves`), so their bits do not depend on how 
 from __future__ import annotations
 
 import hashlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +51,7 @@ KEPT, RANDOM, FORBIDDEN = 0, 1, 2
 """What a row or a column says of random values: nothing, that it wants them, that it must have none (which wins)."""
 
 _TILE = 1 << 18
+_SMALL = 1 << 14  # bytes that are not worth a piece of work of their own
 _NATIVE = (torch.float32, torch.float64)
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -139,7 +142,47 @@ def noise_key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
 
 
-def expand(source: Tensor, index: Index, out: Tensor, noise: Noise | None = None, fresh: Fresh | None = None) -> None:
+class Expansions(AbstractContextManager["Expansions"]):
+    """Growths that are made by other threads while the caller prepares the next ones, where the extension is built.
+
+    On leaving, all are made. Until then, or :meth:`finish`, nobody may touch their tensors.
+    """
+
+    def __init__(self) -> None:
+        self._native = helpers("ExpansionQueue")
+        self._queue = None if self._native is None else self._native.ExpansionQueue(torch.get_num_threads())
+
+    def take(self, expansion: Any) -> bool:
+        """Whether a growth (the extension's ``Expansion``) will be made here; else the caller has to."""
+        if self._queue is None:
+            return False
+        self._queue.push(expansion)
+        return True
+
+    def zero(self, out: Tensor) -> None:
+        """Zeros for ``out``; small ones at once."""
+        if self._native is None or out.device.type != "cpu" or out.nbytes < _SMALL or not out.is_contiguous():
+            out.zero_()
+        else:
+            self.take(self._native.zeros(as_array(out)))
+
+    def finish(self) -> None:
+        """Waits until all are made."""
+        if self._queue is not None:
+            self._queue.finish()
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+
+
+def expand(
+    source: Tensor,
+    index: Index,
+    out: Tensor,
+    noise: Noise | None = None,
+    fresh: Fresh | None = None,
+    later: Expansions | None = None,
+) -> None:
     """Writes ``out[i, j] = source[rows[i], cols[j]] * row_scale[i] * col_scale[j]``, noise added, or a random value.
 
     Args:
@@ -148,13 +191,14 @@ def expand(source: Tensor, index: Index, out: Tensor, noise: Noise | None = None
         out: ``[R', C']`` of the type and device of ``source``, columns contiguous, rows at any distance.
         noise: set on one tensor of a growth: the weights, not their moments.
         fresh: which entries are random, if any.
+        later: takes over the work, if it can; without it ``out`` is written on return.
 
     Raises:
         ValueError: shapes, types, strides or indices that do not fit, or noise and random values of different places.
     """
     _check(source, index, out)
     _check_drawn(noise, fresh, out)
-    native = helpers("Draws")
+    native = helpers("Expansion")
     if native is None or out.device.type != "cpu":
         _expand_torch(source, index, out, noise, fresh)
         return
@@ -169,7 +213,9 @@ def expand(source: Tensor, index: Index, out: Tensor, noise: Noise | None = None
         *((0, 0) if place is None else (place.first_row, place.first_col)),
         0 if fresh is None else fresh.first_asked,
     )
-    native.expand(as_array(source), *index.arrays, as_array(out), draws, BITS_STD, torch.get_num_threads())
+    expansion = native.expansion(as_array(source), *index.arrays, as_array(out), draws, BITS_STD)
+    if later is None or not later.take(expansion):
+        expansion.run(torch.get_num_threads())
 
 
 def _array(values: Tensor) -> npt.NDArray[np.generic]:

@@ -40,7 +40,7 @@ MAPS: dict[str, Callable[[int, int], Tensor]] = {
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "torch":
         monkeypatch.setattr(module, "helpers", lambda name: None)
-    elif native.helpers("Draws") is None:
+    elif native.helpers("Expansion") is None:
         pytest.skip("the helpers are not built")
     return str(request.param)
 
@@ -111,7 +111,7 @@ def test_every_entry_is_what_the_description_says(
     assert torch.equal(out, by_loops(source, rows, cols, row_scale, col_scale, noise))
 
 
-@pytest.mark.skipif(native.helpers("Draws") is None, reason="the helpers are not built")
+@pytest.mark.skipif(native.helpers("Expansion") is None, reason="the helpers are not built")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", MAPS)
 @pytest.mark.parametrize("scales", ["none", "rows", "cols", "both"])
@@ -182,7 +182,7 @@ def test_a_block_is_the_block_of_the_whole(path: str, dtype: torch.dtype) -> Non
         assert torch.equal(out, whole[top:bottom, left:right])
 
 
-@pytest.mark.skipif(native.helpers("Draws") is None, reason="the helpers are not built")
+@pytest.mark.skipif(native.helpers("Expansion") is None, reason="the helpers are not built")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("noisy", ["silent", "noise", "alone"])
 @pytest.mark.parametrize("fresh", [False, True])
@@ -290,7 +290,7 @@ def test_an_older_build_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "helpers", lambda name: asked.append(name))
     source, out = torch.randn(2, 3), torch.empty(3, 4)
     expand(source, Index(torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1, 2])), out)
-    assert asked == ["Draws"] and torch.equal(out, source[[0, 1, 1]][:, [2, 0, 1, 2]])
+    assert asked == ["Expansion"] and torch.equal(out, source[[0, 1, 1]][:, [2, 0, 1, 2]])
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_every_entry_is_what_its_codes_and_its_place_say(
 ) -> None:
     if not compiled:
         monkeypatch.setattr(module, "helpers", lambda name: None)
-    elif native.helpers("Draws") is None:
+    elif native.helpers("Expansion") is None:
         pytest.skip("the helpers are not built")
     rows, cols = codes(shape[0], 1), codes(shape[1], 2)
     out = torch.full((shape[0], shape[1] + 3), 7.0, dtype=dtype)[:, :-3]
@@ -57,7 +57,7 @@ def test_every_entry_is_what_its_codes_and_its_place_say(
             assert out[i, j] == ((2 * bits - 65535) * factor if max(rows[i], cols[j]) == RANDOM else 7.0), (i, j)
 
 
-@pytest.mark.skipif(native.helpers("Draws") is None, reason="the helpers are not built")
+@pytest.mark.skipif(native.helpers("Expansion") is None, reason="the helpers are not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_both_paths_and_any_block_have_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, cols = codes(200, 3), codes(300, 4)
