@@ -58,7 +58,8 @@ import importlib, pkgutil, sys
 sys.modules["elle_mp._helpers"] = None
 import elle_mp
 found = pkgutil.walk_packages(elle_mp.__path__, "elle_mp.", onerror=lambda name: sys.exit(name))
-names = [m.name for m in found if m.name not in ("elle_mp.__main__", "elle_mp._helpers")]
+compiled = ("elle_mp._helpers", "elle_mp._ops")
+names = [m.name for m in found if m.name not in ("elle_mp.__main__", *compiled)]
 for name in names:
     importlib.import_module(name)
 assert sys.modules["elle_mp._helpers"] is None
