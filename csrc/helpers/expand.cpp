@@ -85,22 +85,22 @@ constexpr int kScaleRows = 4;
 // What a row or a column says of random values.
 constexpr uint8_t kRandom = 1;
 constexpr uint8_t kForbidden = 2;
+// Random bits of a column: noise needs to tell copies apart, new values are what a model starts from.
+constexpr int kNoiseBits = 8, kFreshBits = 16;
 constexpr int32_t kTwiceMean = 65535;  // twice the mean of 16 random bits
-// Columns that eight counters are drawn for, a vector of them.
-constexpr int kColumns = 64;
 
 template <typename T>
 using LaneMask = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
-// Sixteen random bits for each column, from column 8 * counter on; column 0 of the block is `shift` later.
+// Random bits of each column, from the first column of `counter` on; column 0 of the block is `shift` later.
 struct Draw {
     Draw() = default;
-    Draw(uint64_t key, int64_t first_row, int64_t first_col, int64_t width)
+    Draw(uint64_t key, int64_t first_row, int64_t first_col, int64_t width, int bits)
         : key(key),
           first_row(first_row),
-          counter(static_cast<uint32_t>(first_col / 8)),
-          shift(first_col % 8),
-          count((shift + width + kColumns - 1) / kColumns * kColumns) {}
+          counter(static_cast<uint32_t>(first_col / (128 / bits))),
+          shift(first_col % (128 / bits)),
+          count((shift + width + 1024 / bits - 1) / (1024 / bits) * (1024 / bits)) {}
     uint64_t key = 0;
     int64_t first_row = 0;
     uint32_t counter = 0;
@@ -308,7 +308,7 @@ void PlanFresh(Job<T>& job, const uint8_t* rows, const uint8_t* cols, const Draw
     }
     job.any_asked = asked > 0;
     if (!job.any_asked) return;
-    job.asked_draw = Draw(draws.fresh_key, draws.first_row, draws.first_asked, asked);
+    job.asked_draw = Draw(draws.fresh_key, draws.first_row, draws.first_asked, asked, kFreshBits);
     for (int64_t& place : places) place = job.asked_draw.shift + std::min(place, asked - 1);
     MakeGather(job.asked_places, places.data(), job.width, kLanesOf<T>, job.asked_draw.count);
 }
@@ -364,8 +364,8 @@ class ExpansionOf : public Expansion {
         job_.stream = height * width * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
         const int64_t padded = static_cast<int64_t>(job_.columns.index.size());
         job_.alone = draws_.alone;
-        job_.noise_draw = Draw(draws_.noise_key, draws_.first_row, draws_.first_col, padded);
-        job_.fresh_draw = Draw(draws_.fresh_key, draws_.first_row, draws_.first_col, padded);
+        job_.noise_draw = Draw(draws_.noise_key, draws_.first_row, draws_.first_col, padded, kNoiseBits);
+        job_.fresh_draw = Draw(draws_.fresh_key, draws_.first_row, draws_.first_col, padded, kFreshBits);
         if (groups_ != nullptr) PlanNoise(job_, groups_, draws_.strength, std_);
         if (fresh_rows_ != nullptr && fresh_cols_ != nullptr)
             PlanFresh(job_, fresh_rows_, fresh_cols_, draws_);

@@ -311,7 +311,7 @@ inline void MakeRow(const Job<T>& job, int64_t i, const T* in, bool scaled, bool
     int32_t* drawn = scratch.drawn.data();
     if (noise) {
         const Draw& draw = job.noise_draw;
-        FillDrawn(scratch.noise_keys, draw.first_row + i, draw.counter, draw.count, drawn);
+        FillDrawn<kNoiseBits>(scratch.noise_keys, draw.first_row + i, draw.counter, draw.count, drawn);
         if (!job.copies.empty()) Centre(job, scratch.totals, drawn);
         scaled ? FillRow<T, true, true>(job, in, scale, drawn, row)
                : FillRow<T, false, true>(job, in, nullptr, drawn, row);
@@ -328,7 +328,7 @@ template <typename T>
 inline void DrawFresh(const Job<T>& job, int64_t i, bool all, Scratch<T>& scratch) {
     const Draw& draw = all ? job.fresh_draw : job.asked_draw;
     int32_t* drawn = scratch.drawn.data();
-    FillDrawn(scratch.fresh_keys, draw.first_row + i, draw.counter, draw.count, drawn);
+    FillDrawn<kFreshBits>(scratch.fresh_keys, draw.first_row + i, draw.counter, draw.count, drawn);
     all ? PutFresh<T, true>(job, drawn, scratch.row.data())
         : PutFresh<T, false>(job, drawn, scratch.row.data());
 }

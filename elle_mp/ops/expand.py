@@ -5,17 +5,18 @@
 An index of :data:`MEAN` stands for the mean over the axis, and :class:`Fresh` says which entries are random instead.
 One pass, because a large tensor does not stay in a cache until a second one.
 
-The noise comes from Philox4x32-10 (Salmon et al., SC'11): the 16 bits ``u`` of entry (row, column) are number
-``column % 8`` (the low half of a word before its high half) of the counter ``(column // 8, row mod 2^32, row // 2^32,
-0)``, so they depend on nothing but the key and the entry's place in the whole tensor. They are uniform, at half the
-price of a word each, and integers: over the ``c`` copies of a unit, ``c u - sum u`` is centred exactly.
+The noise comes from Philox4x32-10 (Salmon et al., SC'11): the 8 bits ``u`` of entry (row, column) are number
+``column % 16`` (low bits of a word before high ones) of the counter ``(column // 16, row mod 2^32, row // 2^32, 0)``,
+so they depend on nothing but the key and the entry's place in the whole tensor. They are uniform, at a quarter of the
+price of a word, and integers: over the ``c`` copies of a unit, ``c u - sum u`` is centred exactly. New values take 16
+bits each.
 
 Every step rounds to the type of the tensor in a fixed order, so that the compiled kernel (csrc/helpers/expand.cpp) and
 the PyTorch path give the same bits, and a block the bits it has in the whole:
 
     scale = round(row_scale * col_scale in fp64);  v = source * scale
-    n = round(c u - sum u) * round(strength / (c * BITS_STD) in fp64);  out = v + (v * n)
-    random values: round(2 u - 65535) * round(std / (2 BITS_STD) in fp64)  (:class:`Fresh` says of which bits)
+    n = round(c u - sum u) * round(strength / (c * NOISE_STD) in fp64);  out = v + (v * n)
+    random values: round(2 u - 65535) * round(std / (2 FRESH_STD) in fp64)  (:class:`Fresh` says of which bits)
 
 Means add by halves (:func:`sum_by_halves`), so their bits do not depend on how the other dimensions are cut.
 """
@@ -35,11 +36,14 @@ from torch import Tensor
 
 from elle_mp.ops.native import as_array, helpers
 
-BITS_STD = ((65536**2 - 1) / 12) ** 0.5
+NOISE_STD = ((256**2 - 1) / 12) ** 0.5
+"""Standard deviation of 8 uniform bits."""
+
+FRESH_STD = ((65536**2 - 1) / 12) ** 0.5
 """Standard deviation of 16 uniform bits."""
 
 TWICE_MEAN = 65535
-"""Twice their mean."""
+"""Twice the mean of 16 uniform bits."""
 
 MAX_COPIES = 1 << 15
 """Most copies of one unit: the centred integers stay below 2^31."""
@@ -213,7 +217,7 @@ def expand(
         *((0, 0) if place is None else (place.first_row, place.first_col)),
         0 if fresh is None else fresh.first_asked,
     )
-    expansion = native.expansion(as_array(source), *index.arrays, as_array(out), draws, BITS_STD)
+    expansion = native.expansion(as_array(source), *index.arrays, as_array(out), draws, NOISE_STD)
     if later is None or not later.take(expansion):
         expansion.run(torch.get_num_threads())
 
@@ -223,7 +227,7 @@ def _array(values: Tensor) -> npt.NDArray[np.generic]:
 
 
 def _factor(fresh: Fresh) -> float:
-    return fresh.std / (2 * BITS_STD)
+    return fresh.std / (2 * FRESH_STD)
 
 
 def sum_by_halves(values: Tensor, dim: int) -> Tensor:
@@ -261,21 +265,24 @@ def noise_values(noise: Noise, shape: tuple[int, int], dtype: torch.dtype = torc
         raise ValueError(f"expand makes noise for at most {MAX_COPIES} copies of a unit, got {count.max()}")
     order = np.argsort(group, kind="stable")
     begin = np.cumsum(count) - count
-    drawn = random_bits(noise.key, noise.first_row, noise.first_col, height, width)
+    drawn = random_bits(noise.key, noise.first_row, noise.first_col, height, width, 8)
     centred = drawn * count[group] - np.add.reduceat(drawn[:, order], begin, axis=1)[:, group]
-    factor = torch.from_numpy(noise.strength / (count[group] * BITS_STD)).to(dtype)
+    factor = torch.from_numpy(noise.strength / (count[group] * NOISE_STD)).to(dtype)
     return torch.from_numpy(centred).to(dtype) * factor
 
 
-def random_bits(key: int, first_row: int, first_col: int, height: int, width: int) -> npt.NDArray[np.int64]:
-    """``[height, width]``: 16 bits of each entry, 0 to 65535."""
-    first = first_col // 8
-    block = np.arange(first, (first_col + width + 7) // 8, dtype=np.uint64)[None, :]
+def random_bits(
+    key: int, first_row: int, first_col: int, height: int, width: int, count: int = 16
+) -> npt.NDArray[np.int64]:
+    """``[height, width]``: 8 or 16 (``count``) bits of each entry."""
+    each = 128 // count
+    first = first_col // each
+    block = np.arange(first, (first_col + width + each - 1) // each, dtype=np.uint64)[None, :]
     row = np.arange(first_row, first_row + height, dtype=np.uint64)[:, None]
     zero = np.zeros((height, block.shape[1]), dtype=np.uint64)
     words = np.stack(philox((block + zero, (row & _LOW) + zero, (row >> _HALF) + zero, zero), key), axis=-1)
-    bits = words.astype("<u4").view("<u2").reshape(height, -1)
-    start = first_col - first * 8
+    bits = words.astype("<u4").view(f"<u{count // 8}").reshape(height, -1)
+    start = first_col - first * each
     return bits[:, start : start + width].astype(np.int64)
 
 

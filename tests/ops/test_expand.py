@@ -50,15 +50,17 @@ def strided(height: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(height, width + 5, dtype=dtype)[:, 3 : 3 + width]
 
 
-def philox_bits(key: int, row: int, column: int) -> int:
-    """Half a word of Philox4x32-10 in Python's integers, after the paper."""
-    x = [column // 8, row & WORD, row >> 32, 0]
+def philox_bits(key: int, row: int, column: int, count: int) -> int:
+    """8 or 16 bits of a word of Philox4x32-10 in Python's integers, after the paper."""
+    each = 128 // count
+    x = [column // each, row & WORD, row >> 32, 0]
     k = [key & WORD, key >> 32]
     for _ in range(10):
         first, second = 0xD2511F53 * x[0], 0xCD9E8D57 * x[2]
         x = [(second >> 32) ^ x[1] ^ k[0], second & WORD, (first >> 32) ^ x[3] ^ k[1], first & WORD]
         k = [(k[0] + 0x9E3779B9) & WORD, (k[1] + 0xBB67AE85) & WORD]
-    return x[column % 8 // 2] >> (16 * (column % 2)) & 0xFFFF
+    whole = sum(word << (32 * place) for place, word in enumerate(x))
+    return whole >> (count * (column % each)) & ((1 << count) - 1)
 
 
 def by_loops(
@@ -72,8 +74,8 @@ def by_loops(
             value = kind(source[r, c].item()) * kind(row_scale[i].item() * col_scale[j].item())
             if noise is not None:
                 copies = [k for k, g in enumerate(noise.groups.tolist()) if g == noise.groups[j]]
-                bits = {k: philox_bits(noise.key, noise.first_row + i, noise.first_col + k) for k in copies}
-                factor = kind(noise.strength / (len(copies) * ((2**32 - 1) / 12) ** 0.5))
+                bits = {k: philox_bits(noise.key, noise.first_row + i, noise.first_col + k, 8) for k in copies}
+                factor = kind(noise.strength / (len(copies) * ((2**16 - 1) / 12) ** 0.5))
                 value = value + value * (kind(len(copies) * bits[j] - sum(bits.values())) * factor)
             out[i, j] = value
     return torch.from_numpy(out)

@@ -49,11 +49,11 @@ def test_every_entry_is_what_its_codes_and_its_place_say(
     rows, cols = codes(shape[0], 1), codes(shape[1], 2)
     out = torch.full((shape[0], shape[1] + 3), 7.0, dtype=dtype)[:, :-3]
     fill_random(out, rows, cols, STD, KEY, first_row=2**33 + 5, first_col=6, first_asked=3)
-    factor = torch.tensor(STD / (2 * module.BITS_STD), dtype=torch.float64).to(dtype)
+    factor = torch.tensor(STD / (2 * module.FRESH_STD), dtype=torch.float64).to(dtype)
     for i in range(0, shape[0], 7):
         for j in range(0, shape[1], 5):
             number = 6 + j if rows[i] == RANDOM else 3 + int((cols[:j] == RANDOM).sum())
-            bits = philox_bits(KEY, 2**33 + 5 + i, number)
+            bits = philox_bits(KEY, 2**33 + 5 + i, number, 16)
             assert out[i, j] == ((2 * bits - 65535) * factor if max(rows[i], cols[j]) == RANDOM else 7.0), (i, j)
 
 
