@@ -1,8 +1,7 @@
 """Every layout trains, through a growth, the model that one process trains: losses, norms, every gradient and weight.
 
-fp64 shows that a layout computes the same function: in twenty steps nothing but rounding is left, and that is 1e-14 or
-so where 1e-9 is asked for. fp32 and bf16, in ten, show that it does so in the precisions of real runs. DeepSpeed has no
-fp64.
+fp64 shows that a layout computes the same function: nothing but rounding is left, and that is 1e-14 or so where 1e-9 is
+asked for. fp32 and bf16 show that it does so in the precisions of real runs. DeepSpeed has no fp64.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from elle_mp.ops.random import Bounds
-from tests.distributed.training import Comparison, Setting, Trained, compare, keep
+from tests.distributed.training import STEPS, Comparison, Setting, Trained, compare, keep
 from tests.distributed_utils import run_distributed
 from tests.shared_work import made_once
 from tests.tiny import FAMILIES
@@ -66,10 +65,9 @@ EVERY += [("gpt", "fp64", layout) for layout in MORE]
 EVERY += [(FAMILIES[index % 3], "fp32", layout) for index, layout in enumerate(FSDP)]
 EVERY += [(FAMILIES[(index + 1) % 3], "bf16", layout) for index, layout in enumerate(LAYOUTS) if layout not in MORE]
 
-TOLERANCES = {"fp64": 1e-9, "fp32": 3e-5}
-"""Rounding grows from step to step: of fp32's, 5e-6 was seen in ten, under five layouts. In twenty gpt at tp2 x pp2
-passes a steep place in the last one: 1.4e-4 or 2.8e-4 of the gradient of a layer's qkv_bias, with the compiled
-attention and PyTorch's."""
+TOLERANCES = {"fp64": {"": 1e-9}, "fp32": {"": 1e-4, "gradient": 1e-3}}
+"""Of a kind, or of all others. gpt at tp2 x pp2 passes a steep place in its last step: 1.4e-4 or 2.8e-4 of the gradient
+of a layer's qkv_bias, with the compiled attention and PyTorch's; every other fp32 case stays below 2e-5."""
 SPREADS = 5
 """Of two seeds' rounding, for bf16. A layout rounds in every step, not in the weights that it begins with alone: tp2 of
 FSDP2 and that of ZeRO were seen 2.8 of them away in the norm of one step of twenty (10 %), 1.4 in everything else."""
@@ -109,7 +107,7 @@ def check(case: Case, told: list[Trained], tolerance: dict[str, float]) -> list[
         if not size <= tolerance.get(kind, tolerance[""]):
             wrong.append(f"{case}: {kind} differs by {size:.2g} {where}")
     for kind in {key.split("/")[0] for key in wanted["tensors"]}:
-        last = f"{kind}/{2 * setting_of(case).steps - 1}" if kind == "gradient" else kind
+        last = f"{kind}/{2 * STEPS - 1}" if kind == "gradient" else kind
         for key, tensor in wanted["tensors"].items():
             if key.startswith(f"{last}/"):
                 name = key.removeprefix(f"{last}/")
@@ -174,7 +172,7 @@ def test_every_layout_trains_as_one_process_does(name: str) -> None:
         if precision == "bf16":
             tolerance = {kind: SPREADS * size for kind, size in spread(setting_of(case)).items()}
         else:
-            tolerance = {"": TOLERANCES[precision]}
+            tolerance = TOLERANCES[precision]
         wrong += check(case, told, tolerance)
         if "pp" in LAYOUTS[layout]:
             before, after = (sorted(part for rank in told for part in rank.layers[when]) for when in (0, 1))

@@ -1,4 +1,4 @@
-"""Twenty steps (or ten) with a growth in the middle under any layout, held against one process entry by entry.
+"""Twenty steps with a growth in the middle under any layout, held against one process entry by entry.
 
 One process leaves all that it computed in a file. The ranks of a layout compare their own parts with it, without any
 collective of their own: losses, norms, every gradient before clipping, what growth made of weights and moments, and the
@@ -32,7 +32,7 @@ from elle_mp.train.optimizer import ShardedAdamW
 from elle_mp.train.trainer import Trainer, rows_of
 from tests.tiny import TEXT, config_of, grid, plan_of, spec_of, text
 
-ROWS = 4
+ROWS, STEPS = 4, 10
 GROW = {"heads": 6, "mlp": 60}
 """And a layer."""
 # Clipped in some steps and not in others; the epsilon keeps Adam from making much of rounding.
@@ -192,14 +192,9 @@ class Setting:
     precision: str
     layers: int
 
-    @property
-    def steps(self) -> int:
-        """Before the growth, and as many after it. Rounding shows in half of those that show a layout's function."""
-        return 10 if self.precision == "fp64" else 5
-
 
 def train(setting: Setting, layout: Mapping[str, Any], seen: Reference, jitter: int = 0) -> Trained:
-    """The steps; the growth is the family's own, noise included."""
+    """The twenty steps; the growth is the family's own, noise included."""
     place, kind, out = fresh_grid(layout), Precision.named(setting.precision), Trained()
     before, after = MEASURED if layout.get("split") == "measured" else (None, None)
     place = replace(place, costs=before)
@@ -210,8 +205,8 @@ def train(setting: Setting, layout: Mapping[str, Any], seen: Reference, jitter: 
     first, last = rows_of(place, ROWS)
     # Ranks that see all rows take two at a time, so that each has two micro-batches or, in a pipeline, four.
     micro = 2 if place.dp_size == place.size("pp") == 1 else 1
-    for step in range(2 * setting.steps):
-        if step % setting.steps == 0:
+    for step in range(2 * STEPS):
+        if step % STEPS == 0:
             if step:
                 grow = GROW | {"layers": setting.layers + 1}
                 plan, _ = plan_of(optimizer.model.spec, config_of(setting.family, **sizes).model, grow)
