@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from threading import Timer
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -42,7 +44,8 @@ pytestmark = pytest.mark.skipif(not HAVE, reason="deepspeed is not installed")
 
 BUILD = "ELLE_MP_BUILD_CPU_ADAM"
 VERSIONS = "-".join(version(name) for name in ("torch", "deepspeed")) if HAVE else ""
-CACHE = Path(tempfile.gettempdir()) / f"elle-mp-cpu-adam-{VERSIONS}"
+# The build names the headers' paths, so another environment's would be made anew.
+CACHE = Path(tempfile.gettempdir()) / f"elle-mp-cpu-adam-{VERSIONS}-{crc32(sys.prefix.encode()):08x}"
 BUILT = pytest.mark.skipif(
     not (CACHE / "cpu_adam" / "cpu_adam.so").exists() and BUILD not in os.environ, reason=f"not built; set {BUILD}"
 )
