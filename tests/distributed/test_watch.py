@@ -120,5 +120,7 @@ def test_torchrun_says_it_too(tmp_path: Path) -> None:
     arguments = command(str(config_of(reference("gpt"))), where, "parallel.tp=2", ranks=2, strike="0:SIGKILL@step=5")
     ended = finish(start(arguments))
     assert ended.code == 1
-    assert ended.err.splitlines()[0] == "elle-mp: error: rank 0 is gone (killed?)"
+    # torchrun sees the death, too, and may log that it signals the other rank before that rank has spoken.
+    ours = [line for line in ended.err.splitlines() if "distributed/elastic/" not in line]
+    assert ours[0] == "elle-mp: error: rank 0 is gone (killed?)"
     assert ended.err.count("elle-mp: error") == 1

@@ -15,8 +15,10 @@ from elle_mp.ops import native
 from elle_mp.ops.expand import (
     FORBIDDEN,
     KEPT,
+    MAX_COPIES,
     MEAN,
     RANDOM,
+    Expansions,
     Fresh,
     Index,
     Noise,
@@ -280,6 +282,46 @@ def test_bits_are_uniform() -> None:
     counts = np.bincount(bits.reshape(-1) >> 8, minlength=256)
     assert abs(((counts - 300000 / 256) ** 2).sum() * 256 / 300000 - 255) < 5 * 510**0.5  # chi-squared
     assert not np.array_equal(bits, random_bits(noise_key(0, "v"), 0, 0, 300, 1000))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_growths_made_later_are_the_same(path: str, threads: int) -> None:
+    """Also of more parts than one, of means, and with nothing of them held here."""
+    wanted, outs = [], []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with Expansions() as later:
+            for number in range(12):
+                height, width = 700 + number, 1700 + 31 * number
+                source = torch.randn(height * 2 // 3, width * 2 // 3)
+                rows, cols = torch.arange(height) * 2 // 3, torch.arange(width) * 2 // 3
+                rows = torch.where(torch.arange(height) % 5 == 4, MEAN, rows.clamp_max(len(source) - 1))
+                cols = cols.clamp_max(source.shape[1] - 1)
+                index = Index(rows, cols, None, torch.rand(width, dtype=torch.float64))
+                noise = Noise(noise_key(number, "w"), 0.1, 0, 0, cols) if number % 2 else None
+                pair = [torch.empty(height, width) for _ in range(2)]
+                expand(source, index, pair[0], noise)
+                expand(source, index, pair[1], noise, later=later)
+                wanted.append(pair[0])
+                outs.append(pair[1])
+                if number == 6:
+                    later.finish()
+                    assert all(map(torch.equal, outs, wanted))
+            zeros = torch.ones(3, 50_001)[:, 1:], torch.ones(3, 50_001)
+            for out in zeros:
+                later.zero(out)
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, outs, wanted)) and not any(out.any() for out in zeros)
+
+
+@pytest.mark.skipif(native.helpers("Expansion") is None, reason="the helpers are not built")
+def test_what_goes_wrong_later_is_said_on_finishing() -> None:
+    width = MAX_COPIES + 1
+    groups, out = torch.zeros(width, dtype=torch.int64), torch.empty(1, width)
+    with pytest.raises(ValueError, match=f"at most {MAX_COPIES} copies"), Expansions() as later:
+        expand(torch.ones(1, 1), Index(torch.zeros(1).long(), groups), out, Noise(1, 0.1, 0, 0, groups), later=later)
 
 
 def test_the_key_is_a_digest_of_seed_and_name() -> None:
