@@ -326,7 +326,8 @@ def child(arguments: dict[str, Any], ranks: int = 1) -> dict[str, float]:
         command = [*launch, *command[1:]]
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if ranks > 1 else {})
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    lines = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("child:")]
+    # Two ranks may write on one line.
+    lines = [json.JSONDecoder().raw_decode(part)[0] for part in done.stdout.split("child:")[1:]]
     return {key: max(line[key] for line in lines) for key in lines[0]}
 
 
