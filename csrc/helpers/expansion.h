@@ -28,7 +28,10 @@ class Expansion {
 };
 
 // Makes growths in the order they are pushed, some rows at a time and with no wait between one growth and the
-// next: on `threads` - 1 threads while Python goes on, and on the caller's as well once it waits.
+// next: on `threads` - 1 threads while Python goes on, and on the caller's as well once it waits. They are no
+// threads of OpenMP's, which would hold Python up at the end of each growth; so PyTorch should have no work
+// of its own for several threads meanwhile, whose workers spin for a while after it (ExpansionQueue makes the
+// zeros for that reason).
 class ExpansionQueue {
   public:
     explicit ExpansionQueue(int threads);
