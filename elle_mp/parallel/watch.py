@@ -53,6 +53,7 @@ class Watch:
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._board: Noticeboard | None = None
         self._over = Event()
+        self._thread = Thread(target=self._watch, name="watch", daemon=True)
         self._error: BaseException | None = None
         self._first_seen: dict[int, float] = {}
         self._stood: tuple[object, float] = (None, 0.0)
@@ -62,7 +63,7 @@ class Watch:
         if self._size > 1 and "MASTER_ADDR" in os.environ:
             self._board = Noticeboard(self._rank, self._size)
             self._board.sign_in()
-            Thread(target=self._watch, name="watch", daemon=True).start()
+            self._thread.start()
         return self
 
     def __exit__(
@@ -72,17 +73,21 @@ class Watch:
         if board is None:
             return
         if error is None:
-            self._over.set()
-            quietly(board.sign_out)
+            self._sign_out(board)
             return
         self._error = error
         code = self._end(board, error)
         # What cleans up behind this may wait for ranks that never answer.
         Thread(target=leave_later, args=(code,), daemon=True).start()
-        self._over.set()
-        quietly(board.sign_out)
+        self._sign_out(board)
         sys.stdout.flush()
         raise SystemExit(code) from None
+
+    def _sign_out(self, board: Noticeboard) -> None:
+        """Ends the watching. Before Python 3.14 an interpreter that ends while a thread is in the store aborts."""
+        self._over.set()
+        self._thread.join()
+        quietly(board.sign_out)
 
     # When this rank fails
 
@@ -184,9 +189,9 @@ class Watch:
                 self._await(board, ANSWER + GRACE)
         except dist.DistError:
             self._over.wait(GLANCE)
-        if incident.kind != "hang":
-            # By itself it can let a save in the background end, and clean up.
-            self._over.wait(GRACE)
+        # By itself it can let a save in the background end, and clean up.
+        if self._over.wait(GRACE if incident.kind != "hang" else 0.0):
+            return
         if board is not None:
             quietly(board.sign_out)
         leave(incident.code)

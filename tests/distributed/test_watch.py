@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import yaml
 
+from elle_mp.parallel import noticeboard, watch
 from tests.stream.program import KILLED_AFTER
-from tests.stream.runs import Ended, command, config_of, finish, reference, run, start
+from tests.stream.runs import Ended, command, config_of, finish, on_ranks, reference, run, start
 
 pytestmark = pytest.mark.distributed
 
@@ -35,6 +39,32 @@ def the_file(folder: Path) -> str:
     """What the ranks wrote of a hang."""
     (path,) = folder.glob("hang-*.txt")
     return path.read_text()
+
+
+class SlowBoard(noticeboard.Noticeboard):
+    """Every look at it takes a while, in the store."""
+
+    def incident(self) -> noticeboard.Incident | None:
+        with suppress(dist.DistError):
+            self._store.wait(["never"], timedelta(seconds=0.5))
+        return super().incident()
+
+
+def watched(fails: bool) -> None:
+    """A rank that ends while its watch is in the store."""
+    watch.Noticeboard, watch.GLANCE = SlowBoard, 0.0  # type: ignore[misc]
+    dist.init_process_group("gloo")
+    with watch.Watch():
+        time.sleep(0.2)
+        if fails:
+            raise ValueError("this is it")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_interpreter_ends_with_no_thread_in_the_store(fails: bool) -> None:
+    """Where one is, Python < 3.14 aborts."""
+    ended = on_ranks(watched, fails, ranks=2)
+    assert (ended.code, ended.err.count("Traceback"), "terminate" in ended.err) == (fails, fails, False)
 
 
 def test_a_fault_is_told_once_with_its_traceback(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -162,6 +162,11 @@ def run(config: Path, *overrides: str, ranks: int = 1, strike: str | None = None
 
 def call(*given: str, ranks: int = 1, strike: str | None = None) -> Ended:
     """Runs any command of the program as :func:`run` does."""
+    return on_ranks(program.run, [strike or "-", *given], ranks)
+
+
+def on_ranks(function: Callable[..., None], arguments: Any, ranks: int) -> Ended:
+    """Calls a function on every rank, in a process of its own that ends as a program does."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     children: list[Child] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +178,7 @@ def call(*given: str, ranks: int = 1, strike: str | None = None) -> Ended:
                 with paths[0].open("wb") as out, paths[1].open("wb") as err:
                     children.append(
                         fork(
-                            program.run, [strike or "-", *given],
+                            function, arguments,
                             out=out.fileno(), err=err.fileno(), environment=environment, seconds=LONGEST,
                         )
                     )  # fmt: skip
