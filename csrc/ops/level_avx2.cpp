@@ -3,10 +3,7 @@
 #define ELLE_LEVEL avx2
 #define ELLE_TARGET __attribute__((target("avx2,fma")))
 #define ELLE_WIDTH 8
-#include "attention_backward.h"
+#include "level_kernels.h"
 
-elle_mp::LevelKernels elle_mp::Avx2Kernels() {
-    // bfloat16 is widened when it is packed.
-    return {avx2::MakeKernels<float, avx2::Floats>(), avx2::MakeKernels<avx2::BFloat16, avx2::Floats>()};
-}
+elle_mp::LevelKernels elle_mp::Avx2Kernels() { return avx2::MakeLevel<avx2::Floats>(); }
 #endif

@@ -5,10 +5,7 @@
 #define ELLE_WIDTH 16
 #define ELLE_AVX512
 #define ELLE_BF16
-#include "attention_backward.h"
+#include "level_kernels.h"
 
-elle_mp::LevelKernels elle_mp::Avx512Bf16Kernels() {
-    using namespace avx512_bf16;
-    return {MakeKernels<float, Floats>(), MakeKernels<BFloat16, Pairs>()};
-}
+elle_mp::LevelKernels elle_mp::Avx512Bf16Kernels() { return avx512_bf16::MakeLevel<avx512_bf16::Pairs>(); }
 #endif

@@ -2,9 +2,6 @@
 #define ELLE_LEVEL plain
 #define ELLE_TARGET
 #define ELLE_WIDTH 4
-#include "attention_backward.h"
+#include "level_kernels.h"
 
-elle_mp::LevelKernels elle_mp::PlainKernels() {
-    // bfloat16 is widened when it is packed.
-    return {plain::MakeKernels<float, plain::Floats>(), plain::MakeKernels<plain::BFloat16, plain::Floats>()};
-}
+elle_mp::LevelKernels elle_mp::PlainKernels() { return plain::MakeLevel<plain::Floats>(); }

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "attention.h"
+#include "cross_entropy.h"
 #include "levels.h"
 
 namespace elle_mp {
@@ -32,9 +33,15 @@ STABLE_TORCH_LIBRARY(elle_mp, m) {
         "packed_attention_backward(Tensor grad, Tensor? grad_lse, Tensor qkv, Tensor out, Tensor lse, Tensor "
         "seen, "
         "Tensor sample_keys, Tensor positions, int first_head, int threshold, float scale) -> Tensor");
+    m.def("logit_statistics(Tensor logits, Tensor targets) -> Tensor");
+    m.def(
+        "logit_gradient(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor factors, float hit, float "
+        "uniform) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(elle_mp, CPU, m) {
+    m.impl("logit_statistics", TORCH_BOX(&elle_mp::LogitStatistics));
+    m.impl("logit_gradient", TORCH_BOX(&elle_mp::LogitGradient));
     m.impl("expanded_attention", TORCH_BOX(&elle_mp::AttentionForward));
     m.impl("expanded_attention_backward", TORCH_BOX(&elle_mp::AttentionBackward));
     m.impl("packed_attention", TORCH_BOX(&elle_mp::PackedForward));

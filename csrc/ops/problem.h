@@ -62,9 +62,26 @@ struct AttentionKernels {
     void (*backward)(const Attention&, int64_t sample, int64_t group, float* scratch);
 };
 
+// Rows of logits [rows, columns], see cross_entropy.h.
+struct Logits {
+    void* logits;
+    int64_t rows, columns, stride;
+    const int64_t* targets;
+    float* statistics;
+    const float* lse;
+    const float* factors;
+    float hit, uniform;
+};
+
+struct CrossEntropyKernels {
+    void (*statistics)(const Logits&, int64_t begin, int64_t end);
+    void (*gradient)(const Logits&, int64_t begin, int64_t end);
+};
+
 // Each level is compiled in a file of its own.
 struct LevelKernels {
     AttentionKernels fp32, bf16;
+    CrossEntropyKernels cross_entropy_fp32, cross_entropy_bf16;
 };
 LevelKernels PlainKernels();
 #if defined(__x86_64__)

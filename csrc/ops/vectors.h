@@ -50,9 +50,23 @@ ELLE_INLINE V LoadAs(const T* p) {
     std::memcpy(&x, p, sizeof x);
     return x;
 }
+ELLE_INLINE float ToFloat(float x) { return x; }
+ELLE_INLINE float ToFloat(BFloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float y;
+    std::memcpy(&y, &bits, sizeof y);
+    return y;
+}
 ELLE_INLINE Vec Load(const float* p) { return LoadAs<Vec>(p); }
 ELLE_INLINE Vec Load(const BFloat16* p) {
     return (Vec)(__builtin_convertvector(LoadAs<Half>(p), Bits) << 16);
+}
+// The first `lanes` of a register; `rest` in the others.
+template <typename T>
+ELLE_INLINE Vec LoadTail(const T* p, int lanes, float rest) {
+    float values[kWidth];
+    for (int i = 0; i < kWidth; ++i) values[i] = i < lanes ? ToFloat(p[i]) : rest;
+    return Load(values);
 }
 ELLE_INLINE Int LoadInt(const int32_t* p) { return LoadAs<Int>(p); }
 ELLE_INLINE void Store(float* p, Vec x) { std::memcpy(p, &x, sizeof x); }
@@ -70,18 +84,18 @@ ELLE_INLINE void Store(BFloat16* p, Vec x) {
 #endif
 }
 
-ELLE_INLINE float ToFloat(float x) { return x; }
-ELLE_INLINE float ToFloat(BFloat16 x) {
-    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-    float y;
-    std::memcpy(&y, &bits, sizeof y);
-    return y;
-}
 ELLE_INLINE void FromFloat(float* p, float x) { *p = x; }
 ELLE_INLINE void FromFloat(BFloat16* p, float x) {
     BFloat16 lanes[kWidth];
     Store(lanes, Vec{} + x);
     *p = lanes[0];
+}
+
+template <typename T>
+ELLE_INLINE void StoreTail(T* p, Vec x, int lanes) {
+    T values[kWidth];
+    Store(values, x);
+    for (int i = 0; i < lanes; ++i) p[i] = values[i];
 }
 
 ELLE_INLINE Vec Fill(float x) { return Vec{} + x; }
