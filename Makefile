@@ -29,7 +29,7 @@ lint: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	rm -f elle_mp/_helpers*.so elle_mp/_ops.so
+	rm -f elle_mp/_helpers*.so elle_mp/_ops.so elle_mp/_cuda_ops.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first and by exact version: left to a range, pip may choose another and far larger build.

@@ -1,25 +1,32 @@
 """Builds the compiled parts; everything else about the package is in pyproject.toml.
 
-Both are optional: without a compiler the package installs and uses its NumPy and PyTorch twins.
+All are optional: without a compiler the package installs and uses its NumPy and PyTorch twins. The CUDA library is
+built where nvcc and a GPU are, or with ELLE_MP_BUILD_CUDA=1 (elle_mp/ops/cuda_build.py).
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
+from subprocess import SubprocessError
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
+from setuptools.modified import newer_group
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from elle_mp.ops import cuda_build
 
 # No -march: a wheel must run on other machines, so the sources choose instructions at run time.
 COMPILE_ARGS = ["-O3", "-Wall", "-Wextra", "-pthread"]
 # The helpers equal their NumPy fallback bit for bit, so they contract nothing into fused multiply-adds.
 EXACT = ["-ffp-contract=off"]
 OPS = "elle_mp._ops"
-OLDEST_TORCH = "0x020b000000000000"
-"""Version 2.11 of torch's stable ABI, as its headers write it."""
+CUDA_OPS = "elle_mp._cuda_ops"
 
 
 def helpers() -> Extension | None:
@@ -51,7 +58,7 @@ def ops() -> Extension | None:
         OPS,
         sorted(glob("csrc/ops/*.cpp")),
         language="c++",
-        define_macros=[("TORCH_TARGET_VERSION", OLDEST_TORCH)],
+        define_macros=[("TORCH_TARGET_VERSION", cuda_build.OLDEST_TORCH)],
         # torch's headers are not ours to warn about.
         extra_compile_args=[
             *COMPILE_ARGS,
@@ -67,9 +74,23 @@ def ops() -> Extension | None:
     )
 
 
+def cuda_ops() -> Extension | None:
+    """The library of CUDA kernels, or ``None`` where it is not wanted or cannot be built."""
+    if not cuda_build.wanted():
+        return None
+    if cuda_build.find_nvcc() is None:
+        print("elle_mp: CUDA ops not built: no nvcc", file=sys.stderr)
+        return None
+    return Extension(
+        CUDA_OPS,
+        sorted(glob("csrc/cuda/*.cu")),
+        depends=sorted([*glob("csrc/cuda/*.cuh"), *glob("csrc/cuda/*.h")]),
+    )
+
+
 def extensions() -> list[Extension]:
     """What can be built here."""
-    found = [extension for extension in (helpers(), ops()) if extension is not None]
+    found = [extension for extension in (helpers(), ops(), cuda_ops()) if extension is not None]
     for extension in found:
         extension.optional = True
     return found
@@ -80,15 +101,41 @@ class OptionalBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            super().build_extension(ext)
-        except (CCompilerError, ExecError, PlatformError, OSError) as error:
+            if ext.name == CUDA_OPS:
+                self.build_cuda(ext)
+            else:
+                super().build_extension(ext)
+        except (CCompilerError, ExecError, PlatformError, OSError, SubprocessError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             print(f"elle_mp: {ext.name} not built, its Python twin in use: {reason}", file=sys.stderr)
 
+    def build_cuda(self, ext: Extension) -> None:
+        """Compiles with nvcc, which setuptools does not know."""
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        library = Path(self.get_ext_fullpath(ext.name))
+        made_from = [*ext.sources, *ext.depends, cuda_build.__file__]
+        if not (self.force or newer_group(made_from, str(library), "newer")):
+            return
+        nvcc = cuda_build.find_nvcc() or "nvcc"
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        objects = [folder / f"{Path(source).stem}.o" for source in ext.sources]
+        targets, includes = cuda_build.targets(nvcc), include_paths()
+        commands = [
+            cuda_build.compile_command(nvcc, Path(source), out, targets, includes)
+            for source, out in zip(ext.sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(self.spawn, commands):
+                pass
+        self.spawn(cuda_build.link_command(nvcc, objects, library, library_paths()))
+
     def get_ext_filename(self, fullname: str) -> str:
-        """The op library has no Python version in its name: one build serves them all."""
+        """The op libraries have no Python version in their names: one build serves them all."""
         *folders, name = fullname.split(".")  # setuptools asks with the package and without
-        if name == OPS.split(".")[-1]:
+        if name in (OPS.split(".")[-1], CUDA_OPS.split(".")[-1]):
             return str(Path(*folders, name).with_suffix(".so"))
         return super().get_ext_filename(fullname)
 

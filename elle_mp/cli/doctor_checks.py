@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from elle_mp.ops.apex import HOW, UNRELATED, what_is_wrong
+from elle_mp.ops.cuda_build import find_nvcc
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +66,7 @@ def run_checks(run_dir: Path) -> list[Row]:
         *check_torch(),
         check_helpers(),
         check_ops(),
+        check_cuda_ops(),
         *(check_required(name) for name in REQUIRED),
         check_nvcc(),
         *(check_optional(name, use) for name, use in OPTIONAL.items()),
@@ -208,6 +210,21 @@ def check_ops() -> Row:
         return Row("compiled ops", "broken", reason(error), "unset ELLE_MP_INSTRUCTIONS")
 
 
+def check_cuda_ops() -> Row:
+    """The library of CUDA kernels: for which GPUs it was built, and whether it is loaded."""
+    if importlib.util.find_spec("torch") is None:
+        return Row("CUDA ops", "optional", "no torch to run them")
+    from elle_mp.ops.cuda_build import built_targets
+    from elle_mp.ops.library import CUDA_LIBRARY, what_is_wrong_with_cuda
+
+    wrong = what_is_wrong_with_cuda()
+    targets = f" (for {', '.join(built_targets(CUDA_LIBRARY))})" if CUDA_LIBRARY.exists() else ""
+    if wrong is None:
+        return Row("CUDA ops", "ok", f"built and loaded{targets}")
+    hint = "" if CUDA_LIBRARY.exists() else f"for GPUs, with nvcc: ELLE_MP_BUILD_CUDA=1 {REBUILD}"
+    return Row("CUDA ops", "optional", f"{wrong}{targets}", hint)
+
+
 def check_required(name: str) -> Row:
     """A package that the program cannot do without: it must import."""
     how = f"pip install -c constraints.txt {DISTRIBUTIONS.get(name, name)}"
@@ -237,8 +254,7 @@ def version_of(name: str) -> str:
 
 def check_nvcc() -> Row:
     """The CUDA compiler, from PATH or CUDA_HOME."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(Path(home) / "bin"))
+    nvcc = find_nvcc()
     if nvcc is None:
         return Row("nvcc", "optional", "not found", "for GPU kernels: the CUDA toolkit, CUDA_HOME")
     try:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elle_mp.ops.library import cuda_ops
 from elle_mp.ops.native import as_array, helpers
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -135,6 +136,11 @@ def apply_mask(x: Tensor, p: float, keys: Tensor, first_row: int) -> Tensor:
             torch.get_num_threads(),
         )
         return out
+    if x.is_cuda:
+        ops = cuda_ops("dropout_rows")
+        if ops is not None:
+            masked: Tensor = ops.dropout_rows(x, keys.to(x.device), first_row, threshold(p))
+            return masked
     keep = keep_mask(keys.to(x.device), first_row, x.shape[1], x.shape[2], p)
     # Multiplied in fp32 and rounded once, as the compiled kernel does.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32

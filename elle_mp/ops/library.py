@@ -1,7 +1,8 @@
-"""The library of compiled torch ops, ``elle_mp/_ops.so``, where it was built (``csrc/ops``).
+"""The libraries of compiled torch ops, where they were built: ``elle_mp/_ops.so`` (``csrc/ops``) with the ops and
+their kernels for the CPU, and ``elle_mp/_cuda_ops.so`` (``csrc/cuda``) with kernels for GPUs.
 
-It has no Python in it: torch loads it, and its ops are ``torch.ops.elle_mp.*``. Without it every op runs on its
-PyTorch reference.
+They have no Python in them: torch loads them, and their ops are ``torch.ops.elle_mp.*``. Without them every op runs on
+its PyTorch reference.
 """
 
 from __future__ import annotations
@@ -13,15 +14,32 @@ from typing import Any
 import torch
 
 LIBRARY = Path(__file__).resolve().parents[1] / "_ops.so"
+CUDA_LIBRARY = LIBRARY.with_name("_cuda_ops.so")
 
 
 @cache
 def what_is_wrong() -> str | None:
     """``None`` when the library is loaded, else why not, in a few words."""
-    if not LIBRARY.exists():
+    return _load(LIBRARY)
+
+
+@cache
+def what_is_wrong_with_cuda() -> str | None:
+    """:func:`what_is_wrong` of the CUDA library, which is loaded by the first call, and only where a GPU is."""
+    if not CUDA_LIBRARY.exists():
+        return "not built"
+    if not torch.cuda.is_available():
+        return "built, but not loaded: no GPU here"
+    if what_is_wrong() is not None:
+        return "built, but not loaded: the ops are not there"
+    return _load(CUDA_LIBRARY)
+
+
+def _load(library: Path) -> str | None:
+    if not library.exists():
         return "not built"
     try:
-        torch.ops.load_library(LIBRARY)
+        torch.ops.load_library(library)
     except (OSError, RuntimeError) as error:
         return f"built, but does not load: {(str(error).splitlines() or [type(error).__name__])[0]}"
     return None
@@ -32,6 +50,11 @@ def compiled_ops(*names: str) -> Any:
     if what_is_wrong() is not None or not all(hasattr(torch.ops.elle_mp, name) for name in names):
         return None
     return torch.ops.elle_mp
+
+
+def cuda_ops(*names: str) -> Any:
+    """``torch.ops.elle_mp`` if the CUDA library is loaded and it has ops ``names``, else ``None``."""
+    return None if what_is_wrong_with_cuda() is not None else compiled_ops(*names)
 
 
 def instructions() -> str | None:
