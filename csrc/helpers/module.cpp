@@ -7,7 +7,6 @@ void register_activations(pybind11::module_& m);
 void register_data(pybind11::module_& m);
 void register_dropout(pybind11::module_& m);
 void register_expand(pybind11::module_& m);
-void register_logits(pybind11::module_& m);
 }  // namespace elle_mp
 
 PYBIND11_MODULE(_helpers, m) {
@@ -16,5 +15,4 @@ PYBIND11_MODULE(_helpers, m) {
     elle_mp::register_data(m);
     elle_mp::register_dropout(m);
     elle_mp::register_expand(m);
-    elle_mp::register_logits(m);
 }

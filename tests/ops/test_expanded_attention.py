@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,31 +19,10 @@ from elle_mp.ops.expanded_attention import (
     packed_attention_kernel,
 )
 
-LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")
 # Largest difference over the largest entry. bf16 rounds weights, their gradients and results (2^-9 each).
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
 
 needs_kernels = pytest.mark.skipif(not has_kernel(torch.empty(0)), reason="the ops are not built")
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An instruction level of this machine."""
-    monkeypatch.delenv("ELLE_MP_INSTRUCTIONS", raising=False)
-    best = library.instructions()
-    if best is None or LEVELS.index(request.param) > LEVELS.index(best):
-        pytest.skip(f"no {request.param} here")
-    monkeypatch.setenv("ELLE_MP_INSTRUCTIONS", request.param)
-    assert library.instructions() == request.param
-    return str(request.param)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

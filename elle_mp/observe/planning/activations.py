@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elle_mp.observe.planning.setting import Setting
 from elle_mp.ops.dropout import threshold
-from elle_mp.ops.linear_cross_entropy import _CHUNK_BYTES as CHUNK_BYTES
+from elle_mp.ops.linear_cross_entropy import chunk_rows
 
 ID = 8
 """Bytes of a token's id."""
@@ -54,11 +54,13 @@ def head_bytes(setting: Setting) -> int:
 
 
 def head_working_bytes(setting: Setting) -> int:
-    """What exists besides while the loss is computed: the table's gradient in fp32, and a chunk of logits."""
+    """What exists besides while the loss is computed: a chunk of logits, and the sum over chunks of the table's
+    gradient in fp32."""
     table = setting.spec.padded_vocab // setting.tp
     row = table * setting.compute
-    rows = min(setting.predicted, max(64, CHUNK_BYTES // row))
-    return table * setting.spec.embed * setting.statistics + rows * row
+    rows = chunk_rows(setting.predicted, table, setting.compute)
+    summed = table * setting.spec.embed * setting.statistics if rows < setting.predicted else 0
+    return summed + rows * row
 
 
 def stage_bytes(setting: Setting, stage: int) -> int:
