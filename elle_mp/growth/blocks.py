@@ -12,7 +12,8 @@ from torch import Tensor
 from elle_mp.growth.indices import groups_of, indices_of, random_codes
 from elle_mp.growth.maps import Fill
 from elle_mp.growth.tensors import TensorGrowth, moment_factor
-from elle_mp.ops.expand import RANDOM, Expansions, Fresh, Index, Noise, expand, noise_key, sum_by_halves
+from elle_mp.ops.expand import RANDOM, Expansions, Fresh, Index, Noise, expand, sum_by_halves
+from elle_mp.ops.philox import stream_key
 from elle_mp.ops.random import Bounds, normal_block
 
 
@@ -111,7 +112,7 @@ def _noise(growth: TensorGrowth, bounds: Bounds) -> Noise | None:
     if not isinstance(groups, Tensor):
         groups = groups_of(last, *bounds[-1])
         growth.known.put(groups, (last,), "groups", bounds[-1])
-    return Noise(noise_key(growth.seed, growth.stream), growth.noise, *_place(growth, bounds), groups)
+    return Noise(stream_key(growth.seed, growth.stream), growth.noise, *_place(growth, bounds), groups)
 
 
 def _fresh(growth: TensorGrowth, bounds: Bounds) -> Fresh | None:
@@ -124,7 +125,7 @@ def _fresh(growth: TensorGrowth, bounds: Bounds) -> Fresh | None:
         before = 0 if last is None else int((last.fill[: bounds[-1][0]] == int(Fill.RANDOM)).sum())
         codes = (*random_codes(growth.dims, bounds), before)
         growth.known.put(codes, growth.dims, "codes", bounds)
-    key = noise_key(growth.seed, f"{growth.stream}/random")
+    key = stream_key(growth.seed, f"{growth.stream}/random")
     return Fresh(key, growth.spec.std or 0.0, *_place(growth, bounds), *codes)
 
 

@@ -23,7 +23,6 @@ Means add by halves (:func:`sum_by_halves`), so their bits do not depend on how 
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -35,6 +34,7 @@ import torch
 from torch import Tensor
 
 from elle_mp.ops.native import as_array, helpers
+from elle_mp.ops.philox import random_bits, signed, unsigned
 
 NOISE_STD = ((256**2 - 1) / 12) ** 0.5
 """Standard deviation of 8 uniform bits."""
@@ -57,8 +57,6 @@ KEPT, RANDOM, FORBIDDEN = 0, 1, 2
 _TILE = 1 << 18
 _SMALL = 1 << 14  # bytes that are not worth a piece of work of their own
 _NATIVE = (torch.float32, torch.float64)
-_LOW = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Noise:
     """Noise that sums to zero over the copies of a unit.
 
     Attributes:
-        key: 64-bit key of :func:`noise_key`.
+        key: 64-bit key of :func:`elle_mp.ops.philox.stream_key`.
         strength: standard deviation of the noise relative to each value, before centring: ``10 ** (-dB / 20)``.
         first_row, first_col: place of ``out[0, 0]`` in the whole tensor.
         groups: int64 ``[C']`` on the CPU; columns with the same number are the copies of one unit, and all of them are
@@ -125,7 +123,7 @@ class Fresh:
     their own numbers, most of what is drawn would be for columns that keep their values.)
 
     Attributes:
-        key: of :func:`noise_key`.
+        key: of :func:`elle_mp.ops.philox.stream_key`.
         std: standard deviation.
         first_row, first_col: place of ``out[0, 0]`` in the whole tensor.
         rows, cols: uint8 ``[R']`` and ``[C']`` on the CPU: :data:`KEPT`, :data:`RANDOM`, or :data:`FORBIDDEN`.
@@ -141,11 +139,6 @@ class Fresh:
     first_asked: int = 0
 
 
-def noise_key(seed: int, name: str) -> int:
-    """The key of the stream ``(seed, name)``: the blake2b digest of ``seed/name``, 64 bits."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
-
-
 class Expansions(AbstractContextManager["Expansions"]):
     """Growths that are made by other threads while the caller prepares the next ones, where the extension is built.
 
@@ -156,19 +149,25 @@ class Expansions(AbstractContextManager["Expansions"]):
         self._native = helpers("ExpansionQueue")
         self._queue = None if self._native is None else self._native.ExpansionQueue(torch.get_num_threads())
 
-    def take(self, expansion: Any) -> bool:
-        """Whether a growth (the extension's ``Expansion``) will be made here; else the caller has to."""
-        if self._queue is None:
+    def take(self, source: Tensor, index: Index, out: Tensor, noise: Noise | None, fresh: Fresh | None) -> bool:
+        """Whether a growth will be made here; else the caller has to."""
+        if self._queue is None or out.device.type != "cpu":
             return False
-        self._queue.push(expansion)
+        self._queue.push(_compiled(self._native, source, index, out, noise, fresh))
         return True
 
     def zero(self, out: Tensor) -> None:
         """Zeros for ``out``; small ones at once."""
-        if self._native is None or out.device.type != "cpu" or out.nbytes < _SMALL or not out.is_contiguous():
+        if (
+            self._native is None
+            or self._queue is None
+            or out.device.type != "cpu"
+            or out.nbytes < _SMALL
+            or not out.is_contiguous()
+        ):
             out.zero_()
         else:
-            self.take(self._native.zeros(as_array(out)))
+            self._queue.push(self._native.zeros(as_array(out)))
 
     def finish(self) -> None:
         """Waits until all are made."""
@@ -202,10 +201,13 @@ def expand(
     """
     _check(source, index, out)
     _check_drawn(noise, fresh, out)
-    native = helpers("Expansion")
-    if native is None or out.device.type != "cpu":
-        _expand_torch(source, index, out, noise, fresh)
+    if later is not None and later.take(source, index, out, noise, fresh):
         return
+    _OP(*_arguments(source, index, out, noise, fresh))
+
+
+def _compiled(native: Any, source: Tensor, index: Index, out: Tensor, noise: Noise | None, fresh: Fresh | None) -> Any:
+    """The extension's ``Expansion``."""
     place = noise or fresh
     draws = native.Draws(
         *((None, 0, 0.0, False) if noise is None else (_array(noise.groups), noise.key, noise.strength, noise.alone)),
@@ -217,9 +219,62 @@ def expand(
         *((0, 0) if place is None else (place.first_row, place.first_col)),
         0 if fresh is None else fresh.first_asked,
     )
-    expansion = native.expansion(as_array(source), *index.arrays, as_array(out), draws, NOISE_STD)
-    if later is None or not later.take(expansion):
-        expansion.run(torch.get_num_threads())
+    return native.expansion(as_array(source), *index.arrays, as_array(out), draws, NOISE_STD)
+
+
+def _arguments(source: Tensor, index: Index, out: Tensor, noise: Noise | None, fresh: Fresh | None) -> tuple[Any, ...]:
+    """What :func:`write` takes: an op's numbers are signed."""
+    place = noise or fresh
+    return (
+        *(source, index.rows, index.cols, index.row_scale, index.col_scale, out),
+        *((None, 0, 0.0, False) if noise is None else (noise.groups, signed(noise.key), noise.strength, noise.alone)),
+        *(
+            (None, None, 0, 0.0, 0)
+            if fresh is None
+            else (fresh.rows, fresh.cols, signed(fresh.key), fresh.std, fresh.first_asked)
+        ),
+        *((0, 0) if place is None else (place.first_row, place.first_col)),
+    )
+
+
+def write(
+    source: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    row_scale: Tensor | None,
+    col_scale: Tensor | None,
+    out: Tensor,
+    groups: Tensor | None,
+    noise_key: int,
+    strength: float,
+    alone: bool,
+    fresh_rows: Tensor | None,
+    fresh_cols: Tensor | None,
+    fresh_key: int,
+    std: float,
+    first_asked: int,
+    first_row: int,
+    first_col: int,
+) -> None:
+    """The op ``elle_mp::expand``: :func:`expand` with everything by itself. Nothing has a gradient."""
+    index, place = Index(rows, cols, row_scale, col_scale), (first_row, first_col)
+    noise = None if groups is None else Noise(unsigned(noise_key), strength, *place, groups, alone)
+    fresh = None
+    if fresh_rows is not None and fresh_cols is not None:
+        fresh = Fresh(unsigned(fresh_key), std, *place, fresh_rows, fresh_cols, first_asked)
+    native = helpers("Expansion")
+    if native is None or out.device.type != "cpu":
+        _expand_torch(source, index, out, noise, fresh)
+    else:
+        _compiled(native, source, index, out, noise, fresh).run(torch.get_num_threads())
+
+
+_OP = torch.library.custom_op("elle_mp::expand", write, mutates_args=("out",))
+
+
+@_OP.register_fake
+def _(source: Tensor, *others: Any) -> None:
+    return None
 
 
 def _array(values: Tensor) -> npt.NDArray[np.generic]:
@@ -269,36 +324,6 @@ def noise_values(noise: Noise, shape: tuple[int, int], dtype: torch.dtype = torc
     centred = drawn * count[group] - np.add.reduceat(drawn[:, order], begin, axis=1)[:, group]
     factor = torch.from_numpy(noise.strength / (count[group] * NOISE_STD)).to(dtype)
     return torch.from_numpy(centred).to(dtype) * factor
-
-
-def random_bits(
-    key: int, first_row: int, first_col: int, height: int, width: int, count: int = 16
-) -> npt.NDArray[np.int64]:
-    """``[height, width]``: 8 or 16 (``count``) bits of each entry."""
-    each = 128 // count
-    first = first_col // each
-    block = np.arange(first, (first_col + width + each - 1) // each, dtype=np.uint64)[None, :]
-    row = np.arange(first_row, first_row + height, dtype=np.uint64)[:, None]
-    zero = np.zeros((height, block.shape[1]), dtype=np.uint64)
-    words = np.stack(philox((block + zero, (row & _LOW) + zero, (row >> _HALF) + zero, zero), key), axis=-1)
-    bits = words.astype("<u4").view(f"<u{count // 8}").reshape(height, -1)
-    start = first_col - first * each
-    return bits[:, start : start + width].astype(np.int64)
-
-
-Words = npt.NDArray[np.uint64]
-
-
-def philox(counter: tuple[Words, Words, Words, Words], key: int) -> tuple[Words, Words, Words, Words]:
-    """Philox4x32-10: four 32-bit words, held in uint64, for each 128-bit counter (lowest word first)."""
-    x0, x1, x2, x3 = counter
-    for step in range(10):
-        key0 = np.uint64((key + step * 0x9E3779B9) & 0xFFFFFFFF)
-        key1 = np.uint64(((key >> 32) + step * 0xBB67AE85) & 0xFFFFFFFF)
-        product0, product1 = x0 * np.uint64(0xD2511F53), x2 * np.uint64(0xCD9E8D57)
-        x0, x1 = (product1 >> _HALF) ^ x1 ^ key0, product1 & _LOW
-        x2, x3 = (product0 >> _HALF) ^ x3 ^ key1, product0 & _LOW
-    return x0, x1, x2, x3
 
 
 def _expand_torch(source: Tensor, index: Index, out: Tensor, noise: Noise | None, fresh: Fresh | None) -> None:

@@ -23,10 +23,8 @@ from elle_mp.ops.expand import (
     Index,
     Noise,
     expand,
-    noise_key,
-    philox,
-    random_bits,
 )
+from elle_mp.ops.philox import philox, random_bits, stream_key
 
 WORD = 0xFFFFFFFF
 DTYPES = (torch.float32, torch.float64)
@@ -110,7 +108,7 @@ def test_every_entry_is_what_the_description_says(
     rows, cols = MAPS["floor"](old_rows, new_rows), MAPS["random"](old_cols, new_cols)
     source, out = strided(old_rows, old_cols, dtype), strided(new_rows, new_cols, dtype)
     row_scale, col_scale = torch.rand(new_rows).double(), torch.rand(new_cols, dtype=torch.float64)
-    noise = Noise(noise_key(1, "w"), 0.1, (1 << 32) - 2, 6, cols) if noisy else None
+    noise = Noise(stream_key(1, "w"), 0.1, (1 << 32) - 2, 6, cols) if noisy else None
     expand(source, Index(rows, cols, row_scale, col_scale), out, noise)
     assert torch.equal(out, by_loops(source, rows, cols, row_scale, col_scale, noise))
 
@@ -129,7 +127,7 @@ def test_both_paths_give_the_same_bits(
         row_scale = 1.0 / (1 + rows % 3).double() if scales in ("rows", "both") else None
         col_scale = torch.rand(new_cols, dtype=torch.float64) if scales in ("cols", "both") else None
         groups = cols if noisy == "pairs" else -(cols // 16)
-        noise = None if noisy == "silent" else Noise(noise_key(2, "w"), 0.3, 11, 5, groups)
+        noise = None if noisy == "silent" else Noise(stream_key(2, "w"), 0.3, 11, 5, groups)
         outs = [strided(new_rows, new_cols, dtype), strided(new_rows, new_cols, dtype)]
         expand(source, Index(rows, cols, row_scale, col_scale), outs[0], noise)
         with monkeypatch.context() as context:
@@ -176,7 +174,7 @@ def test_a_block_is_the_block_of_the_whole(path: str, dtype: torch.dtype) -> Non
     rows, cols = MAPS["floor"](20, 31), MAPS["floor"](60, 90)
     source = torch.randn(20, 60, dtype=dtype)
     scale = 1.0 / torch.bincount(cols)[cols].double()
-    noise = Noise(noise_key(7, "w"), 0.1, 0, 0, cols)
+    noise = Noise(stream_key(7, "w"), 0.1, 0, 0, cols)
     whole = torch.empty(31, 90, dtype=dtype)
     expand(source, Index(rows, cols, scale[:31], scale), whole, noise)
     for top, bottom, left, right in ((0, 31, 0, 90), (5, 6, 0, 90), (9, 31, 3, 87), (0, 31, 33, 36), (30, 31, 6, 90)):
@@ -204,8 +202,8 @@ def test_both_paths_give_the_same_bits_with_means_and_random_values(
     cols[torch.rand(new_cols, generator=generator) < 0.3] = MEAN
     row_scale, col_scale = (torch.rand(size, dtype=torch.float64, generator=generator) for size in (new_rows, new_cols))
     codes = [torch.randint(KEPT, FORBIDDEN + 1, (n,), dtype=torch.uint8, generator=generator) for n in shape[2:]]
-    noise = None if noisy == "silent" else Noise(noise_key(2, "w"), 0.3, 11, 5, groups, alone=noisy == "alone")
-    drawn = Fresh(noise_key(2, "v"), 0.02, 11, 5, codes[0], codes[1]) if fresh else None
+    noise = None if noisy == "silent" else Noise(stream_key(2, "w"), 0.3, 11, 5, groups, alone=noisy == "alone")
+    drawn = Fresh(stream_key(2, "v"), 0.02, 11, 5, codes[0], codes[1]) if fresh else None
     source, outs = strided(old_rows, old_cols, dtype), [strided(new_rows, new_cols, dtype) for _ in range(2)]
     expand(source, Index(rows, cols, row_scale, col_scale), outs[0], noise, drawn)
     monkeypatch.setattr(module, "helpers", lambda name: None)
@@ -268,7 +266,7 @@ def test_copies_of_a_unit_keep_their_sum(path: str) -> None:
 def test_the_strength_of_the_noise(path: str, copies: int) -> None:
     groups = torch.arange(640) // copies
     source, out = torch.ones(400, 640, dtype=torch.float64), torch.empty(400, 640, dtype=torch.float64)
-    expand(source, Index(torch.arange(400), torch.arange(640)), out, Noise(noise_key(4, "w"), 0.1, 0, 0, groups))
+    expand(source, Index(torch.arange(400), torch.arange(640)), out, Noise(stream_key(4, "w"), 0.1, 0, 0, groups))
     expected = 0.1 * (1 - 1 / copies) ** 0.5
     assert abs((out - 1).square().mean().sqrt().item() - expected) <= 0.01 * expected
     centred = out - 1
@@ -277,11 +275,11 @@ def test_the_strength_of_the_noise(path: str, copies: int) -> None:
 
 
 def test_bits_are_uniform() -> None:
-    bits = random_bits(noise_key(0, "w"), 0, 0, 300, 1000)
+    bits = random_bits(stream_key(0, "w"), 0, 0, 300, 1000)
     assert bits.min() >= 0 and bits.max() <= 65535 and abs(bits.mean() - 32767.5) < 5 * 65536 / (12 * 300000) ** 0.5
     counts = np.bincount(bits.reshape(-1) >> 8, minlength=256)
     assert abs(((counts - 300000 / 256) ** 2).sum() * 256 / 300000 - 255) < 5 * 510**0.5  # chi-squared
-    assert not np.array_equal(bits, random_bits(noise_key(0, "v"), 0, 0, 300, 1000))
+    assert not np.array_equal(bits, random_bits(stream_key(0, "v"), 0, 0, 300, 1000))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -299,7 +297,7 @@ def test_growths_made_later_are_the_same(path: str, threads: int) -> None:
                 rows = torch.where(torch.arange(height) % 5 == 4, MEAN, rows.clamp_max(len(source) - 1))
                 cols = cols.clamp_max(source.shape[1] - 1)
                 index = Index(rows, cols, None, torch.rand(width, dtype=torch.float64))
-                noise = Noise(noise_key(number, "w"), 0.1, 0, 0, cols) if number % 2 else None
+                noise = Noise(stream_key(number, "w"), 0.1, 0, 0, cols) if number % 2 else None
                 pair = [torch.empty(height, width) for _ in range(2)]
                 expand(source, index, pair[0], noise)
                 expand(source, index, pair[1], noise, later=later)
@@ -324,9 +322,26 @@ def test_what_goes_wrong_later_is_said_on_finishing() -> None:
         expand(torch.ones(1, 1), Index(torch.zeros(1).long(), groups), out, Noise(1, 0.1, 0, 0, groups), later=later)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("drawn", [False, True])
+def test_opcheck(path: str, dtype: torch.dtype, drawn: bool) -> None:
+    source, out, cols = torch.randn(4, 20, dtype=dtype), torch.empty(6, 33, dtype=dtype), MAPS["floor"](20, 33)
+    index = Index(MAPS["floor"](4, 6), cols, None, torch.rand(33, dtype=torch.float64))
+    key = (1 << 64) - 3  # beyond what an op's number can be without a sign
+    noise = Noise(key, 0.1, 2, 5, cols) if drawn else None
+    codes = torch.randint(0, 3, (6,), dtype=torch.uint8), torch.randint(0, 3, (33,), dtype=torch.uint8)
+    fresh = Fresh(key, 0.02, 2, 5, *codes, 3) if drawn else None
+    arguments = module._arguments(source, index, out, noise, fresh)
+    torch.library.opcheck(torch.ops.elle_mp.expand, arguments)
+    torch.ops.elle_mp.expand(*arguments)
+    expected = torch.empty_like(out)
+    module._expand_torch(source, index, expected, noise, fresh)
+    assert torch.equal(out, expected)
+
+
 def test_the_key_is_a_digest_of_seed_and_name() -> None:
-    assert noise_key(3, "layers.0.w") == noise_key(3, "layers.0.w") < 1 << 64
-    assert len({noise_key(3, "a"), noise_key(4, "a"), noise_key(3, "b")}) == 3
+    assert stream_key(3, "layers.0.w") == stream_key(3, "layers.0.w") < 1 << 64
+    assert len({stream_key(3, "a"), stream_key(4, "a"), stream_key(3, "b")}) == 3
 
 
 def test_an_older_build_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from elle_mp.ops import expand as module
 from elle_mp.ops import native
-from elle_mp.ops.expand import FORBIDDEN, KEPT, RANDOM, Fresh, Index, Noise, expand, noise_key
+from elle_mp.ops.expand import FORBIDDEN, KEPT, RANDOM, Fresh, Index, Noise, expand
+from elle_mp.ops.philox import stream_key
 from tests.ops.test_expand import philox_bits
 
-KEY = noise_key(3, "growth/new")
+KEY = stream_key(3, "growth/new")
 STD = 0.02
 
 
