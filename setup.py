@@ -83,7 +83,7 @@ def cuda_ops() -> Extension | None:
         return None
     return Extension(
         CUDA_OPS,
-        sorted(glob("csrc/cuda/*.cu")),
+        sorted([*glob("csrc/cuda/*.cu"), *glob("csrc/cuda/*.cpp")]),
         depends=sorted([*glob("csrc/cuda/*.cuh"), *glob("csrc/cuda/*.h")]),
     )
 
@@ -121,10 +121,12 @@ class OptionalBuild(build_ext):
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
-        objects = [folder / f"{Path(source).stem}.o" for source in ext.sources]
+        objects = [folder / f"{Path(source).name}.o" for source in ext.sources]
         targets, includes = cuda_build.targets(nvcc), include_paths()
         commands = [
-            cuda_build.compile_command(nvcc, Path(source), out, targets, includes)
+            cuda_build.kernel_command(nvcc, Path(source), out, targets)
+            if source.endswith(".cu")
+            else cuda_build.binding_command(Path(source), out, targets, includes)
             for source, out in zip(ext.sources, objects, strict=True)
         ]
         with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "device.cuh"
+#include "target.h"
 
 // The tests' build registers the same ops elsewhere, for tensors on the CPU.
 #ifdef ELLE_EMULATED
@@ -39,30 +39,21 @@ class Device {
     {
         STD_TORCH_CHECK(like.is_cpu(), "the emulator wants tensors on the CPU");
     }
-    Stream stream() const { return nullptr; }
+    void* stream() const { return nullptr; }
 #else
         : guard_(like.get_device_index()) {
-        void* stream = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-        stream_ = static_cast<Stream>(stream);
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
     }
-    Stream stream() const { return stream_; }
+    void* stream() const { return stream_; }
 
   private:
     torch::stable::accelerator::DeviceGuard guard_;
-    Stream stream_ = nullptr;
+    void* stream_ = nullptr;
 #endif
 };
 
-// Runs a kernel on the device's stream; nothing where the grid is empty.
-template <typename... Parameters, typename... Arguments>
-void RunKernel(const Device& device, void (*kernel)(Parameters...), Grid grid, int threads, int64_t shared,
-               Arguments... arguments) {
-    if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) return;
-    STD_TORCH_CHECK(grid.x <= 0x7fffffff && grid.y <= 65535 && grid.z <= 65535, "too large for one kernel");
-    const char* error = Launch(kernel, grid, threads, shared, device.stream(), arguments...);
-    STD_TORCH_CHECK(error == nullptr, "elle_mp: ", error);
-}
+// Raises what went wrong when a kernel was started.
+inline void Check(const char* error) { STD_TORCH_CHECK(error == nullptr, "elle_mp: ", error); }
 
 inline Tensor EmptyOf(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
     return torch::stable::empty(sizes, type, std::nullopt, like.device());
@@ -86,19 +77,14 @@ T* DataOf(const Tensor& x) {
     return static_cast<T*>(x.data_ptr());
 }
 
-// Calls f(T{}) with the element type that stands for a tensor's.
-template <typename F>
-void WithType(ScalarType type, const char* op, const F& f) {
-    if (type == ScalarType::Float)
-        f(float{});
-    else if (type == ScalarType::BFloat16)
-        f(Bf16{});
-    else if (type == ScalarType::Half)
-        f(Fp16{});
-    else if (type == ScalarType::Double)
-        f(double{});
-    else
-        STD_TORCH_CHECK(false, op, " has kernels for float32, bfloat16, float16 and float64");
+inline Element ElementOf(const Tensor& x, const char* op) {
+    const ScalarType type = x.scalar_type();
+    if (type == ScalarType::Float) return Element::kFloat;
+    if (type == ScalarType::BFloat16) return Element::kBFloat16;
+    if (type == ScalarType::Half) return Element::kHalf;
+    STD_TORCH_CHECK(type == ScalarType::Double, op,
+                    " has kernels for float32, bfloat16, float16 and float64");
+    return Element::kDouble;
 }
 
 }  // namespace elle_mp

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "target.h"
+
 #ifdef ELLE_EMULATED
 #include "emulator.h"
 #else
@@ -15,7 +17,6 @@
 
 #define ELLE_KERNEL(threads) static __global__ void __launch_bounds__(threads)
 #define ELLE_DEVICE static __device__ __forceinline__
-#define ELLE_METHOD __device__ __forceinline__
 #define ELLE_SHARED __shared__
 #define ELLE_UNROLL _Pragma("unroll")
 #endif
@@ -37,9 +38,14 @@ struct Grid {
     int64_t x, y, z;
 };
 
-#ifdef ELLE_EMULATED
+constexpr const char* kTooLarge = "more blocks than one kernel can have";
 
-typedef void* Stream;
+inline bool FitsGrid(const Grid& grid) {
+    return grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7fffffff && grid.y <= 65535 &&
+           grid.z <= 65535;
+}
+
+#ifdef ELLE_EMULATED
 
 ELLE_DEVICE int ThreadIndex() { return emulator::Here().thread; }
 ELLE_DEVICE int BlockSize() { return emulator::Here().threads; }
@@ -108,16 +114,15 @@ ELLE_DEVICE void Mma(Fp16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
     emulator::Mma(c, a, b0, b1, [](uint16_t bits) { return ToFloat(Fp16{bits}); });
 }
 
-// Runs a kernel; nullptr, or what went wrong.
+// Starts a kernel on a stream; null, or what went wrong. Nothing where the grid is empty.
 template <typename... Parameters, typename... Arguments>
-const char* Launch(void (*kernel)(Parameters...), Grid grid, int threads, int64_t shared, Stream,
+const char* Launch(void (*kernel)(Parameters...), Grid grid, int threads, int64_t shared, void*,
                    Arguments... arguments) {
+    if (!FitsGrid(grid)) return grid.x && grid.y && grid.z ? kTooLarge : nullptr;
     return emulator::Run(grid.x, grid.y, grid.z, threads, shared, [&] { kernel(arguments...); });
 }
 
 #else
-
-typedef cudaStream_t Stream;
 
 ELLE_DEVICE int ThreadIndex() { return static_cast<int>(threadIdx.x); }
 ELLE_DEVICE int BlockSize() { return static_cast<int>(blockDim.x); }
@@ -213,8 +218,9 @@ ELLE_DEVICE void Mma(Fp16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
 }
 
 template <typename... Parameters, typename... Arguments>
-const char* Launch(void (*kernel)(Parameters...), Grid grid, int threads, int64_t shared, Stream stream,
+const char* Launch(void (*kernel)(Parameters...), Grid grid, int threads, int64_t shared, void* stream,
                    Arguments... arguments) {
+    if (!FitsGrid(grid)) return grid.x && grid.y && grid.z ? kTooLarge : nullptr;
     // Up to 48 KB are there for every kernel; more must be asked for.
     if (shared > 48 * 1024) {
         const cudaError_t error =
@@ -222,10 +228,13 @@ const char* Launch(void (*kernel)(Parameters...), Grid grid, int threads, int64_
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
         if (error != cudaSuccess) return cudaGetErrorString(error);
     }
-    const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
-                      static_cast<unsigned>(grid.z));
-    kernel<<<blocks, threads, static_cast<size_t>(shared), stream> > >(arguments...);
-    const cudaError_t error = cudaGetLastError();
+    cudaLaunchConfig_t config{};
+    config.gridDim =
+        dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = static_cast<cudaStream_t>(stream);
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -245,6 +254,21 @@ struct WideOf<double> {
 };
 template <typename T>
 using Wide = typename WideOf<T>::Type;
+
+// Calls f(T{}) with the type that stands for an element type.
+template <typename F>
+const char* WithElement(Element type, const F& f) {
+    switch (type) {
+        case Element::kFloat:
+            return f(float{});
+        case Element::kBFloat16:
+            return f(Bf16{});
+        case Element::kHalf:
+            return f(Fp16{});
+        default:
+            return f(double{});
+    }
+}
 
 template <typename T>
 ELLE_DEVICE T Narrow(Wide<T> x) {

@@ -24,7 +24,6 @@
 
 #define ELLE_KERNEL(threads) [[maybe_unused]] static void
 #define ELLE_DEVICE [[maybe_unused]] static inline
-#define ELLE_METHOD inline
 #define ELLE_SHARED static
 #define ELLE_UNROLL
 

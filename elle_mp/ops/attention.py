@@ -1,7 +1,8 @@
 """Multi-head attention with grouped keys and values, and layout-independent dropout.
 
 On the CPU, in fp32 and bf16, this is :mod:`elle_mp.ops.expanded_attention`. Elsewhere it is PyTorch's SDPA or, when
-attention weights are dropped, :mod:`elle_mp.ops.chunked_attention`.
+attention weights are dropped, that again where the CUDA library was built (bf16 and fp16), and
+:mod:`elle_mp.ops.chunked_attention` without it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def attention(
     local, groups = q.shape[2], k.shape[2]
     keys = _keys(q.shape[0], dropout, key)
     _check_heads(first_head, local, heads)
-    if has_kernel(q):
+    if _takes_kernel(q, dropout):
         return attention_kernel(q, k, v, causal, dropout, keys, first_head, runs)
     if threshold(dropout) == 0:
         return _sdpa(q, k, v, causal) if runs is None else _sdpa_of_runs(q, k, v, causal, runs)
@@ -85,7 +86,7 @@ def packed_attention(
     local = groups * (slots - 2)
     keys = _keys(batch, dropout, key)
     _check_heads(first_head, local, heads)
-    if has_kernel(qkv):
+    if _takes_kernel(qkv, dropout):
         return packed_attention_kernel(qkv, causal, dropout, keys, first_head)
     if threshold(dropout) == 0:
         q, k, v = qkv[:, :, :, :-2], qkv[:, :, :, -2], qkv[:, :, :, -1]
@@ -109,6 +110,11 @@ def attention_reference(
         keep = keep_mask(keys.to(q.device), first_head * length, heads * length, length, dropout)
         weights = weights * keep.view(weights.shape).to(wide) * keep_scale(dropout)
     return torch.einsum("bgjst,btgd->bsgjd", weights.to(v.dtype), v).reshape(batch, length, heads, head_dim)
+
+
+def _takes_kernel(x: Tensor, dropout: float) -> bool:
+    """Whether our kernel is taken: on GPUs only for what SDPA cannot do, masks that do not depend on the layout."""
+    return has_kernel(x) and (x.device.type == "cpu" or threshold(dropout) > 0)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

@@ -44,14 +44,24 @@ def targets(nvcc: str) -> list[str]:
     return [target for target in chosen if target.rstrip("af") in known]
 
 
-def compile_command(nvcc: str, source: Path, out: Path, code_for: Sequence[str], includes: Sequence[str]) -> list[str]:
-    """The command that makes an object of ``source``, machine code for each target; a warning is an error."""
+def kernel_command(nvcc: str, source: Path, out: Path, code_for: Sequence[str], few: bool = False) -> list[str]:
+    """The command that makes an object of kernels (``.cu``), with code for each target; a warning is an error.
+
+    They include none of torch's headers, which would take nvcc longer than they do. ``few``: of the kernels that differ
+    in nothing but a type or an option, one, to see whether all compile.
+    """
     code = [f"-gencode=arch={target.replace('sm', 'compute')},code={target}" for target in code_for]
     flags = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
-    defines = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
-    defines.append(f'-DELLE_TARGETS="{MARK} {" ".join(code_for)}."')
+    flags += ["-DELLE_FEW_KERNELS"] if few else []
+    return [nvcc, *flags, *code, "-c", str(source), "-o", str(out)]
+
+
+def binding_command(source: Path, out: Path, code_for: Sequence[str], includes: Sequence[str]) -> list[str]:
+    """The command that makes an object of the ops' host side (``.cpp``), which needs no CUDA header."""
+    flags = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    defines = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", f'-DELLE_TARGETS="{MARK} {" ".join(code_for)}."']
     headers = [flag for path in includes for flag in ("-isystem", path)]
-    return [nvcc, *flags, *defines, *code, *headers, "-c", str(source), "-o", str(out)]
+    return [os.environ.get("CXX", "g++"), *flags, *defines, *headers, "-c", str(source), "-o", str(out)]
 
 
 def link_command(nvcc: str, objects: Sequence[Path], out: Path, library_paths: Sequence[str]) -> list[str]:

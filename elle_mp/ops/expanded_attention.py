@@ -1,9 +1,10 @@
 """Attention of an expanded model: uneven groups of heads, a prompt in front, packed documents, padding, dropout.
 
-``csrc/ops`` has the kernels for the CPU, for fp32 and bf16: a running softmax over blocks of keys (FlashAttention,
-arXiv 2205.14135), so nothing of size S x S is in memory, and blocks of which no query sees a key are skipped. The
-backward pass computes scores and masks again; its sums have a fixed order, so results are bitwise repeatable and
-the same for every number of threads. Everything else runs on :func:`expanded_attention_reference`.
+``csrc/ops`` has the kernels for the CPU, for fp32 and bf16, and ``csrc/cuda`` those for GPUs, for bf16 and fp16 and
+heads of up to 128 elements: a running softmax over blocks of keys (FlashAttention, arXiv 2205.14135), so nothing of
+size S x S is in memory, and blocks of which no query sees a key are skipped. The backward pass computes scores and
+masks again; its sums have a fixed order, so results are bitwise repeatable and the same for every number of threads.
+Everything else runs on :func:`expanded_attention_reference`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import torch
 from torch import Tensor
 
 from elle_mp.ops.dropout import DropoutKey, keep_mask, keep_scale, sample_keys, threshold
-from elle_mp.ops.library import compiled_ops
+from elle_mp.ops.library import compiled_ops, cuda_ops
 
-KERNEL_TYPES = (torch.float32, torch.bfloat16)
+KERNEL_TYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
+"""Types that the kernels of each kind of device take."""
+
+CUDA_HEAD_DIM = 128
+"""Most elements of a head that the CUDA kernels take."""
 
 
 def expanded_attention(
@@ -73,7 +78,8 @@ def expanded_attention(
         seen = seen_keys(shape, causal, prompt_length, doc_starts, key_lengths)
         kv = torch.tensor(shape.kv_map, dtype=torch.int64)
         numbers = first_head, threshold(dropout), scale
-        out, lse = _KERNELS.expanded_attention(q, k, v, kv, seen, keys, shape.positions, *numbers)
+        keys, positions = keys.to(q.device), shape.positions.to(q.device)
+        out, lse = _KERNELS.expanded_attention(q, k, v, kv, seen.to(q.device), keys, positions, *numbers)
         return out, lse
     mask = seen_mask(shape, causal, prompt_length, doc_starts, key_lengths)
     return _reference(q, k, v, shape, mask, dropout, keys, first_head, scale)
@@ -122,11 +128,12 @@ def attention_kernel(
         runs: the positions of the queries among those of the keys; ``None`` when they are the same.
     """
     heads, groups = q.shape[2], k.shape[2]
-    positions = torch.arange(k.shape[1]) if runs is None else torch.cat([torch.arange(r.start, r.stop) for r in runs])
+    spans = [range(k.shape[1])] if runs is None else runs
+    positions = torch.cat([torch.arange(span.start, span.stop, device=q.device) for span in spans])
     kv_map = torch.arange(heads) // (heads // groups)
     seen = _intervals(q.shape[0], k.shape[1], positions, causal)
     numbers = first_head, threshold(dropout), q.shape[-1] ** -0.5
-    out: Tensor = _KERNELS.expanded_attention(q, k, v, kv_map, seen, keys, positions, *numbers)[0]
+    out: Tensor = _KERNELS.expanded_attention(q, k, v, kv_map, seen, keys.to(q.device), positions, *numbers)[0]
     return out
 
 
@@ -136,16 +143,18 @@ def packed_attention_kernel(qkv: Tensor, causal: bool, dropout: float, keys: Ten
     Only where :func:`has_kernel` says so. ``keys``: int64 ``[B]``, :func:`elle_mp.ops.dropout.sample_keys`.
     """
     batch, length = qkv.shape[:2]
-    positions = torch.arange(length)
+    positions = torch.arange(length, device=qkv.device)
     seen = _intervals(batch, length, positions, causal)
     numbers = first_head, threshold(dropout), qkv.shape[-1] ** -0.5
-    out: Tensor = _KERNELS.packed_attention(qkv, seen, keys, positions, *numbers)[0]
+    out: Tensor = _KERNELS.packed_attention(qkv, seen, keys.to(qkv.device), positions, *numbers)[0]
     return out
 
 
 def has_kernel(x: Tensor) -> bool:
     """Whether the compiled kernels take tensors like ``x``."""
-    return _KERNELS is not None and x.device.type == "cpu" and x.dtype in KERNEL_TYPES
+    if _KERNELS is None or x.dtype not in KERNEL_TYPES.get(x.device.type, ()):
+        return False
+    return x.device.type == "cpu" or (x.shape[-1] <= CUDA_HEAD_DIM and cuda_ops("expanded_attention") is not None)
 
 
 class _Shape:
@@ -216,7 +225,7 @@ def seen_keys(
 
 def _intervals(batch: int, keys: int, positions: Tensor, causal: bool) -> Tensor:
     """:func:`seen_keys` of whole sequences."""
-    seen = torch.zeros(batch, len(positions), 3, dtype=torch.int32)
+    seen = torch.zeros(batch, len(positions), 3, dtype=torch.int32, device=positions.device)
     seen[:, :, 2] = positions + 1 if causal else keys
     return seen
 

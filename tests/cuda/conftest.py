@@ -29,15 +29,16 @@ SHARED_OPS = (
 def compile_commands(sources: list[Path], folder: Path, defines: tuple[str, ...] = ()) -> list[list[str]]:
     """The commands that make objects of the CUDA sources with a C++ compiler."""
     flags = ["-x", "c++", "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-U_FORTIFY_SOURCE"]
+    flags.append("-fvisibility=hidden")
     flags += ["-DELLE_EMULATED", f"-DTORCH_TARGET_VERSION={cuda_build.OLDEST_TORCH}", *defines]
     headers = [flag for path in include_paths() for flag in ("-isystem", path)]
     compiler = os.environ.get("CXX", "g++")
-    return [[compiler, *flags, *headers, "-c", str(s), "-o", str(folder / f"{s.stem}.o")] for s in sources]
+    return [[compiler, *flags, *headers, "-c", str(s), "-o", str(folder / f"{s.name}.o")] for s in sources]
 
 
 def build() -> Path:
     """Builds the emulated library, or finds one that was made of the same sources."""
-    sources = sorted(path for path in FOLDER.glob("*.cu") if path.stem != "library")
+    sources = sorted([*FOLDER.glob("*.cu"), *(path for path in FOLDER.glob("*.cpp") if path.stem != "library")])
     files = sorted([*FOLDER.iterdir(), Path(__file__)])
     digest = hashlib.blake2b(b"".join(path.read_bytes() for path in files) + torch.__version__.encode())
     out = CACHE / f"{digest.hexdigest()[:16]}.so"
@@ -50,7 +51,7 @@ def build() -> Path:
             lambda command: subprocess.run(command, capture_output=True, text=True), compile_commands(sources, folder)
         ):
             assert done.returncode == 0, done.stderr
-    objects = [str(folder / f"{source.stem}.o") for source in sources]
+    objects = [str(folder / f"{source.name}.o") for source in sources]
     made = folder / out.name
     paths = [f"-L{path}" for path in library_paths()]
     subprocess.run([os.environ.get("CXX", "g++"), "-shared", *objects, *paths, "-ltorch_cpu", "-o", made], check=True)
