@@ -126,10 +126,13 @@ class Block {
         if (order == "reverse") std::reverse(turns.begin(), turns.end());
         std::mt19937 random(
             static_cast<unsigned>(shuffled ? std::strtoul(order.c_str(), nullptr, 10) + x * 31 + y : 0));
+        uint32_t held = 0;
         for (;;) {
-            // A random order lets some warps wait for several rounds, so that others run ahead.
-            if (shuffled) std::shuffle(turns.begin(), turns.end(), random);
-            const uint32_t held = shuffled ? static_cast<uint32_t>(random()) : 0;
+            // A random order keeps some warps waiting for many rounds, so that others run ahead.
+            if (shuffled && random() % 128 == 0) {
+                std::shuffle(turns.begin(), turns.end(), random);
+                held = static_cast<uint32_t>(random());
+            }
             bool moved = false, left = false;
             for (const int turn : turns) {
                 Fiber& fiber = fibers_[static_cast<std::size_t>(turn)];

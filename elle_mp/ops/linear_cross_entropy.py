@@ -2,7 +2,8 @@
 
 The gradient is formed in the forward pass, chunk by chunk, while the chunk's logits are still there (as in Liger
 Kernel, arXiv 2410.10989, and Cut Cross-Entropy, arXiv 2411.09009). PyTorch does the matrix products; what is between
-them is ``csrc/ops/cross_entropy_rows.h`` on the CPU, in fp32 and bf16.
+them is ``csrc/ops/cross_entropy_rows.h`` on the CPU, in fp32 and bf16, and ``csrc/cuda/cross_entropy.cu`` on GPUs, in
+fp16, too.
 """
 
 from __future__ import annotations
@@ -17,8 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
-from elle_mp.ops.library import compiled_ops
+from elle_mp.ops.library import compiled_ops, cuda_ops
 
+KERNEL_TYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+"""Types of logits that the kernels of each kind of device take."""
 IGNORED = -100
 """PyTorch's target that does not count."""
 CHUNK_BYTES = 64 << 20
@@ -297,7 +303,9 @@ def logit_gradient(logits: Tensor, targets: Tensor, lse: Tensor, factors: Tensor
 
 def has_kernel(logits: Tensor) -> bool:
     """Whether the compiled kernels take logits like these."""
-    return _KERNELS is not None and logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16)
+    if _KERNELS is None or logits.dtype not in KERNEL_TYPES.get(logits.device.type, ()):
+        return False
+    return logits.device.type == "cpu" or cuda_ops("logit_statistics") is not None
 
 
 def _register() -> Any:

@@ -22,6 +22,8 @@ SHARED_OPS = (
     "expanded_attention_backward",
     "packed_attention",
     "packed_attention_backward",
+    "logit_statistics",
+    "logit_gradient",
 )
 """Ops that the CPU library defines; the CUDA library defines the others."""
 

@@ -148,6 +148,28 @@ def test_kernels_equal_the_reference(emulated: Any, case: Case) -> None:
     check(run(emulated, case, call), expected(call), TOLERANCE[case.dtype])
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_any_intervals_of_keys_are_seen(emulated: Any, seed: int) -> None:
+    """Intervals that no mask of ours makes, empty and reversed ones among them, and far beyond the keys."""
+    case = Case(1, 200, 1, 1, 64, queries=70, dtype=torch.float16)
+    call = make(case)
+    torch.manual_seed(seed)
+    seen = torch.randint(-20, 240, (1, 70, 3), dtype=torch.int32)
+    seen[:, :64, 0] = torch.randint(0, 200, (64,)) if seed else 0
+    seen[:, 5:9] = 0
+    column, bounds = torch.arange(200), seen[..., None]
+    mask = (column < bounds[:, :, 0]) | ((column >= bounds[:, :, 1]) & (column < bounds[:, :, 2]))
+    q, k, v = (x.clone().requires_grad_() for x in (call.q, call.k, call.v))
+    scores = torch.einsum("bshd,bthd->bhst", q, k) * case.dim**-0.5
+    none = ~mask.any(-1)[:, None]
+    lse = scores.masked_fill(~mask[:, None], float("-inf")).masked_fill(none[..., None], 0.0).logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().masked_fill(~mask[:, None], 0.0)
+    out = torch.einsum("bhst,bthd->bshd", weights, v)
+    loss = (out * call.grad).sum() + (lse.masked_fill(none, 0.0) * call.grad_lse).sum()
+    wanted = out.detach(), lse.masked_fill(none, float("-inf")).detach(), *torch.autograd.grad(loss, (q, k, v))
+    check(run(emulated, case, replace(call, seen=seen)), wanted, TOLERANCE[case.dtype])
+
+
 @pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[6]], ids=name_of)
 def test_results_do_not_depend_on_the_order_of_threads(
     emulated: Any, case: Case, monkeypatch: pytest.MonkeyPatch

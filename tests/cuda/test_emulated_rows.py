@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from elle_mp.ops import linear_cross_entropy
 from elle_mp.ops.dropout import DropoutKey, keep_mask, keep_scale, sample_keys, threshold
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,3 +33,38 @@ def test_dropout_takes_any_strides(emulated: Any) -> None:
     assert torch.equal(emulated.dropout_rows(x, keys, 0, 9000), emulated.dropout_rows(x.contiguous(), keys, 0, 9000))
     with pytest.raises(RuntimeError, match="keys does not fit"):
         emulated.dropout_rows(x, keys[:2], 0, 9000)
+
+
+LOGITS = [(3, 1030), (2, 8), (1, 1), (0, 5), (2, 0), (2, 4099)]
+
+
+@pytest.fixture
+def torch_logits(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The PyTorch twins of the kernels for rows of logits."""
+    monkeypatch.setattr(linear_cross_entropy, "_KERNELS", None)
+    return linear_cross_entropy
+
+
+@pytest.mark.parametrize("dtype", TYPES[:3])
+@pytest.mark.parametrize("shape", LOGITS)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_rows_of_logits_equal_the_reference(
+    emulated: Any, torch_logits: Any, order: str, shape: tuple[int, int], offset: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(1)
+    rows, columns = shape
+    logits = (4 * torch.randn(rows, columns + 3)).to(dtype)[:, offset : offset + columns]
+    targets = torch.randint(-1, max(columns, 1) + 1, (rows,))
+    if rows > 1 and columns > 100:
+        logits[1, :90] = float("-inf")
+    wide = logits.double()
+    found = emulated.logit_statistics(logits, targets)
+    wanted = torch.stack(torch_logits.logit_statistics(wide, targets))
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=1e-3)
+    lse = (wanted[0] + wanted[1].log()).float()
+    factors = torch.rand(rows).round(decimals=1)
+    factors[:1] = 0.0
+    emulated.logit_gradient(logits, targets, lse, factors, 0.9, 0.1 / max(columns, 1))
+    torch_logits.logit_gradient(wide, targets, lse.double(), factors.double(), 0.9, 0.1 / max(columns, 1))
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
+    torch.testing.assert_close(logits.double(), wide, rtol=tolerance, atol=1e-6)
