@@ -67,11 +67,11 @@ ELLE_DEVICE float ToFloat(Fp16 x) { return emulator::FromHalf(x.bits); }
 template <typename T>
 ELLE_DEVICE T FromFloat(float x);
 template <>
-Bf16 FromFloat<Bf16>(float x) {
+[[maybe_unused]] inline Bf16 FromFloat<Bf16>(float x) {
     return {emulator::ToBFloat16(x)};
 }
 template <>
-Fp16 FromFloat<Fp16>(float x) {
+[[maybe_unused]] inline Fp16 FromFloat<Fp16>(float x) {
     return {emulator::ToHalf(x)};
 }
 ELLE_DEVICE float Exp2(float x) { return __builtin_exp2f(x); }

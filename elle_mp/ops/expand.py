@@ -33,6 +33,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from elle_mp.ops.library import cuda_ops
 from elle_mp.ops.native import as_array, helpers
 from elle_mp.ops.philox import random_bits, signed, unsigned
 
@@ -214,7 +215,7 @@ def _compiled(native: Any, source: Tensor, index: Index, out: Tensor, noise: Noi
         *(
             (None, None, 0, 0.0)
             if fresh is None
-            else (*map(_array, (fresh.rows, fresh.cols)), fresh.key, _factor(fresh))
+            else (*map(_array, (fresh.rows, fresh.cols)), fresh.key, fresh_factor(fresh))
         ),
         *((0, 0) if place is None else (place.first_row, place.first_col)),
         0 if fresh is None else fresh.first_asked,
@@ -262,7 +263,12 @@ def write(
     fresh = None
     if fresh_rows is not None and fresh_cols is not None:
         fresh = Fresh(unsigned(fresh_key), std, *place, fresh_rows, fresh_cols, first_asked)
-    native = helpers("Expansion")
+    native, cuda = helpers("Expansion"), cuda_ops("expand_block") if out.is_cuda else None
+    if cuda is not None:
+        from elle_mp.ops.expand_cuda import write_by_kernel  # which needs this module
+
+        if write_by_kernel(cuda, source, index, out, noise, fresh):
+            return
     if native is None or out.device.type != "cpu":
         _expand_torch(source, index, out, noise, fresh)
     else:
@@ -281,7 +287,8 @@ def _array(values: Tensor) -> npt.NDArray[np.generic]:
     return as_array(values.contiguous())
 
 
-def _factor(fresh: Fresh) -> float:
+def fresh_factor(fresh: Fresh) -> float:
+    """What twice the bits, centred, are multiplied by."""
     return fresh.std / (2 * FRESH_STD)
 
 
@@ -331,15 +338,8 @@ def _expand_torch(source: Tensor, index: Index, out: Tensor, noise: Noise | None
     height, width = out.shape
     if out.numel() == 0:
         return
-    rows, cols, row_scale, col_scale = index.rows, index.cols, index.row_scale, index.col_scale
-    for indices, size in ((rows, source.shape[0]), (cols, source.shape[1])):
-        if int(indices.min()) < MEAN or int(indices.max()) >= size:
-            raise ValueError(f"expand wants indices from 0 to {size - 1}")
-    means = rows == MEAN
-    for dim, indices in enumerate((rows, cols)):
-        if bool((indices == MEAN).any()):
-            source = torch.cat([source, sum_by_halves(source, dim) / source.shape[dim]], dim)
-    row_index, column_index = (torch.where(i == MEAN, source.shape[dim] - 1, i) for dim, i in enumerate((rows, cols)))
+    row_scale, col_scale, means = index.row_scale, index.col_scale, index.rows == MEAN
+    source, row_index, column_index = with_means(source, index)
     column_index = column_index.to(out.device)
     step = max(1, _TILE // max(width, 1))
     for begin in range(0, height, step):
@@ -360,6 +360,18 @@ def _expand_torch(source: Tensor, index: Index, out: Tensor, noise: Noise | None
         out[tile] = value
 
 
+def with_means(source: Tensor, index: Index) -> tuple[Tensor, Tensor, Tensor]:
+    """``source`` with the means that are asked for behind it, and rows and columns that are all indices into it."""
+    for indices, size in ((index.rows, source.shape[0]), (index.cols, source.shape[1])):
+        if int(indices.min()) < MEAN or int(indices.max()) >= size:
+            raise ValueError(f"expand wants indices from 0 to {size - 1}")
+    for dim, indices in enumerate((index.rows, index.cols)):
+        if bool((indices == MEAN).any()):
+            source = torch.cat([source, sum_by_halves(source, dim) / source.shape[dim]], dim)
+    rows, cols = (torch.where(i == MEAN, source.shape[dim] - 1, i) for dim, i in enumerate((index.rows, index.cols)))
+    return source, rows, cols
+
+
 def _with_fresh(value: Tensor, fresh: Fresh, tile: slice) -> Tensor:
     codes = torch.maximum(fresh.rows[tile, None], fresh.cols)
     height, width = codes.shape
@@ -370,7 +382,7 @@ def _with_fresh(value: Tensor, fresh: Fresh, tile: slice) -> Tensor:
     whole = as_array(fresh.rows[tile]) == RANDOM
     if whole.any():
         bits[whole] = random_bits(fresh.key, first_row, fresh.first_col, height, width)[whole]
-    factor = torch.tensor(_factor(fresh), dtype=torch.float64).to(value.dtype)
+    factor = torch.tensor(fresh_factor(fresh), dtype=torch.float64).to(value.dtype)
     drawn = torch.from_numpy(2 * bits - TWICE_MEAN).to(value.dtype) * factor
     return torch.where((codes == RANDOM).to(value.device), drawn.to(value.device), value)
 
