@@ -122,16 +122,17 @@ class Block {
         error_ = nullptr;
         std::vector<int> turns(fibers_.size());
         std::iota(turns.begin(), turns.end(), 0);
+        order_ = order;
         const bool shuffled = order != "forward" && order != "reverse";
         if (order == "reverse") std::reverse(turns.begin(), turns.end());
-        std::mt19937 random(
+        random_.seed(
             static_cast<unsigned>(shuffled ? std::strtoul(order.c_str(), nullptr, 10) + x * 31 + y : 0));
         uint32_t held = 0;
         for (;;) {
             // A random order keeps some warps waiting for many rounds, so that others run ahead.
-            if (shuffled && random() % 128 == 0) {
-                std::shuffle(turns.begin(), turns.end(), random);
-                held = static_cast<uint32_t>(random());
+            if (shuffled && random_() % 128 == 0) {
+                std::shuffle(turns.begin(), turns.end(), random_);
+                held = static_cast<uint32_t>(random_());
             }
             bool moved = false, left = false;
             for (const int turn : turns) {
@@ -164,6 +165,9 @@ class Block {
         WarpOf(*running_).Arrive();
         Leave();
     }
+
+    // Whether the next copy lands at once.
+    bool Eager() { return order_ == "reverse" || (order_ != "forward" && random_() % 2 == 0); }
 
     // What the hardware would stop for.
     void Fail(const char* error) { error_ = error; }
@@ -213,6 +217,8 @@ class Block {
     Place place_;
     Meeting all_;
     std::vector<Meeting> warps_;
+    std::string order_;
+    std::mt19937 random_;
     const char* error_ = nullptr;
     Fiber* running_ = nullptr;
     jmp_buf scheduler_;
@@ -256,7 +262,12 @@ inline void Land(std::vector<Copy>& group) {
 inline void CopyLater(void* to, const void* from, int bytes) {
     CheckAligned(to);
     CheckAligned(from);
-    Block::Current()->fiber().groups.back().push_back({to, from, bytes});
+    Block& block = *Block::Current();
+    std::vector<Copy> now{{to, from, bytes}};
+    if (block.Eager())
+        Land(now);
+    else
+        block.fiber().groups.back().push_back(now[0]);
 }
 inline void CommitCopies() { Block::Current()->fiber().groups.emplace_back(); }
 inline void WaitCopies(int left) {
