@@ -1,10 +1,11 @@
 // A GPU in plain C++, for tests: blocks run one after the other, the threads of a block as fibers that change
 // hands at barriers, shuffles and matrix instructions only.
 //
-// It is adversarial where hardware may be: shared memory starts as NaNs and ends in a guard, asynchronous
-// copies land at the last moment that WaitCopies allows, and ELLE_MP_EMULATED_ORDER (forward, reverse, or the
-// seed of a random order) says which thread goes first. A kernel whose result depends on the order has a
-// race. Fragment layouts are those of the PTX ISA, sections on ldmatrix and mma.m16n8k16.
+// It is adversarial where hardware may be: shared memory starts as NaNs and ends in a guard, and
+// ELLE_MP_EMULATED_ORDER says which thread goes first and when asynchronous copies land: forward, at the last
+// moment that WaitCopies allows; reverse, at once; the seed of a random order, now one and now the other, with
+// some warps kept waiting for long. A kernel whose result depends on the order has a race.
+// Fragment layouts are those of the PTX ISA, sections on ldmatrix and mma.m16n8k16.
 #pragma once
 
 #include <setjmp.h>
