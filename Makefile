@@ -1,5 +1,6 @@
 # make demo   set up, then run the quick start
 # make test   set up, then lint, types, floors and tests
+# make sanitize   the tests of the compiled ops under AddressSanitizer
 # The first run makes .venv with pinned versions; later runs only when what it is made from has changed.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constrain
 STAMP := $(VENV)/.elle-mp-stamp
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: demo test setup lint clean $(VENV)
+.PHONY: demo test sanitize setup lint clean $(VENV)
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -17,6 +18,9 @@ demo: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest
+
+sanitize: $(STAMP)
+	csrc/sanitize.sh
 
 setup: $(STAMP)
 

@@ -23,6 +23,10 @@ from elle_mp.ops import cuda_build
 
 # No -march: a wheel must run on other machines, so the sources choose instructions at run time.
 COMPILE_ARGS = ["-O3", "-Wall", "-Wextra", "-pthread"]
+LINK_ARGS = ["-pthread"]
+if os.environ.get("ELLE_MP_SANITIZE"):  # see csrc/sanitize.sh
+    COMPILE_ARGS += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover", "-fno-omit-frame-pointer"]
+    LINK_ARGS += ["-fsanitize=address,undefined"]
 # The helpers equal their NumPy fallback bit for bit, so they contract nothing into fused multiply-adds.
 EXACT = ["-ffp-contract=off"]
 OPS = "elle_mp._ops"
@@ -41,7 +45,7 @@ def helpers() -> Extension | None:
         sorted(glob("csrc/helpers/*.cpp")),
         cxx_std=17,
         extra_compile_args=COMPILE_ARGS + EXACT,
-        extra_link_args=["-pthread"],
+        extra_link_args=LINK_ARGS,
         include_dirs=["csrc/helpers"],
         depends=sorted(glob("csrc/helpers/*.h")),
     )
@@ -67,7 +71,7 @@ def ops() -> Extension | None:
             "-fvisibility=hidden",
             *(f"-isystem{p}" for p in include_paths()),
         ],
-        extra_link_args=["-pthread"],
+        extra_link_args=LINK_ARGS,
         library_dirs=library_paths(),
         libraries=["torch_cpu"],
         depends=sorted([*glob("csrc/ops/*.h"), "csrc/helpers/hashing.h"]),
