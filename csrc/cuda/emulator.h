@@ -3,9 +3,9 @@
 //
 // It is adversarial where hardware may be: shared memory starts as NaNs and ends in a guard, and
 // ELLE_MP_EMULATED_ORDER says which thread goes first and when asynchronous copies land: forward, at the last
-// moment that WaitCopies allows; reverse, at once; the seed of a random order, now one and now the other, with
-// some warps kept waiting for long. A kernel whose result depends on the order has a race.
-// Fragment layouts are those of the PTX ISA, sections on ldmatrix and mma.m16n8k16.
+// moment that WaitCopies allows; reverse, at once; the seed of a random order, now one and now the other,
+// with some warps kept waiting for long. A kernel whose result depends on the order has a race. Fragment
+// layouts are those of the PTX ISA, sections on ldmatrix and mma.m16n8k16.
 #pragma once
 
 #include <setjmp.h>

@@ -13,9 +13,10 @@ from elle_mp.ops import expand as expand_module
 from elle_mp.ops.dropout import DropoutKey, dropout, sample_keys
 from elle_mp.ops.expand import Fresh, Index, Noise, expand
 from elle_mp.ops.expanded_attention import expanded_attention, expanded_attention_reference, has_kernel
-from elle_mp.ops.library import what_is_wrong_with_cuda
+from elle_mp.ops.library import compiled_ops, what_is_wrong_with_cuda
 from elle_mp.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from elle_mp.ops.philox import stream_key
+from tests.cuda import norm_cases
 from tests.cuda.attention_cases import CASES, TOLERANCE, Case, check, expected, make, name_of, run
 
 pytestmark = pytest.mark.skipif(
@@ -81,6 +82,16 @@ def test_dropout_has_the_bits_of_the_cpu(dtype: torch.dtype) -> None:
     x, key = torch.randn(3, 70, 1029).to(dtype), DropoutKey(7, torch.arange(3))
     assert sample_keys(key).device.type == "cpu"
     assert torch.equal(dropout(x.cuda(), 0.3, key).cpu(), dropout(x, 0.3, key))
+
+
+@pytest.mark.skipif(compiled_ops("add_norm") is None, reason="the ops are older")
+@pytest.mark.parametrize(
+    "case", [*norm_cases.CASES, replace(norm_cases.CASES[3], shape=(4, 500, 2048))], ids=norm_cases.name_of
+)
+def test_norms_equal_their_formulas_and_repeat_bitwise(case: norm_cases.NormCase) -> None:
+    found = norm_cases.run_and_check(torch.ops.elle_mp, case, "cuda")
+    again = norm_cases.run_and_check(torch.ops.elle_mp, case, "cuda")
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
