@@ -7,7 +7,9 @@ same three kinds of places (embeddings, sub-layer outputs, attention weights). T
 ``RobertaForMaskedLM`` with SDPA attention under bf16 autocast. Ours: the model, the optimizer and the step of
 ``elle-mp pretrain``, without a soft prompt. A pair of steps, one of each side, is measured close together, so
 that what else runs on the machine slows both; the ratio is the median over the pairs; "others" is the share
-of the cores that other processes took meanwhile. Needs the ``transformers`` extra.
+of the cores that other processes took meanwhile. MFU: the training FLOPs of
+our model (elle_mp.models.flops) over those of PyTorch's bf16 GEMM in the same time, measured in the same run.
+Needs the ``transformers`` extra.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import elle_mp
 from elle_mp.config import Config
 from elle_mp.data.batches import Batch
 from elle_mp.models.build import Precision, empty_model
+from elle_mp.models.flops import training_flops_per_token
 from elle_mp.models.spec import ModelSpec
 from elle_mp.models.transformer import IGNORED
 from elle_mp.parallel.mesh import make_grid, start_distributed
@@ -43,6 +46,7 @@ MASKED_SHARE = 0.15
 MASK_ID = 4
 LEARNING_RATE = 1e-4
 WARM_STEPS = 2
+GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
 
 Step = Callable[[Batch], float]
 
@@ -78,8 +82,25 @@ class Row:
     pairs: int
     others: float
     """Share of the cores that other processes took meanwhile: numbers with much of it mean little."""
+    mfu: float
+    """Ours."""
     our_loss: float
     their_loss: float
+
+
+def gemm_rate(dtype: torch.dtype, repeats: int, clock: Callable[[], float], device: str = "cpu") -> float:
+    """Operations per second of PyTorch's square product."""
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    side = GEMM_SIDE[device]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):
+        wait()
+        began = clock()
+        torch.mm(a, b)
+        wait()
+        best = min(best, clock() - began)
+    return 2.0 * side**3 / best
 
 
 def make_batches(family: str, sizes: Sizes, count: int) -> list[Batch]:
@@ -99,9 +120,9 @@ def make_batches(family: str, sizes: Sizes, count: int) -> list[Batch]:
     return batches
 
 
-def our_step(family: str, dropout: float, sizes: Sizes, device: torch.device) -> Step:
-    """A step of ``elle-mp pretrain``."""
-    config = Config.model_validate(
+def our_config(family: str, dropout: float, sizes: Sizes) -> Config:
+    """Of a model of these shapes."""
+    return Config.model_validate(
         {
             "model": {
                 "family": family,
@@ -117,6 +138,10 @@ def our_step(family: str, dropout: float, sizes: Sizes, device: torch.device) ->
             "stream": [{"domain": "benchmark", "data": "none", "steps": 1}],
         }
     )
+
+
+def our_step(config: Config, sizes: Sizes, device: torch.device) -> Step:
+    """A step of ``elle-mp pretrain``."""
     grid = make_grid(config.parallel, device)
     precision = Precision.named("bf16")
     model = empty_model(ModelSpec.from_config(config, sizes.vocab), grid, precision)
@@ -187,12 +212,13 @@ def timed(step: Step, batch: Batch) -> tuple[float, float]:
     return time.perf_counter() - began, loss
 
 
-def compare(family: str, dropout: float, steps: int, sizes: Sizes, device: torch.device) -> Row:
-    """Alternates ``steps`` pairs of steps; which side goes first alternates too."""
+def compare(family: str, dropout: float, steps: int, sizes: Sizes, gemm: float, device: torch.device) -> Row:
+    """Alternates ``steps`` pairs of steps; which side goes first alternates too. ``gemm``: FLOPs per second."""
+    config = our_config(family, dropout, sizes)
     batches = make_batches(family, sizes, WARM_STEPS + steps)
     torch.manual_seed(1)
     sides = {
-        "ours": our_step(family, dropout, sizes, device),
+        "ours": our_step(config, sizes, device),
         "theirs": their_step(family, dropout, sizes, device),
     }
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -209,6 +235,7 @@ def compare(family: str, dropout: float, steps: int, sizes: Sizes, device: torch
     others = share_of_others(before, busy_seconds())
     ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True)]
     tokens = sizes.batch * sizes.length
+    flops = training_flops_per_token(ModelSpec.from_config(config, sizes.vocab)) * tokens
     return Row(
         family=family,
         dropout=dropout,
@@ -219,6 +246,7 @@ def compare(family: str, dropout: float, steps: int, sizes: Sizes, device: torch
         ratio_high=max(ratios),
         pairs=len(ratios),
         others=others,
+        mfu=flops / gemm / statistics.median(seconds["ours"]),
         our_loss=losses["ours"],
         their_loss=losses["theirs"],
     )
@@ -274,12 +302,13 @@ def environment(device: torch.device) -> dict[str, str | int]:
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table."""
     lines = [
-        "| family | dropout | elle_mp tokens/s | transformers tokens/s | ratio | lowest to highest (pairs) | others |",
-        "|---|---|---|---|---|---|---|",
+        "| family | dropout | elle_mp tokens/s | transformers tokens/s | ratio | lowest to highest (pairs) "
+        "| MFU | others |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row.family} | {row.dropout:g} | {row.ours:,.0f} | {row.theirs:,.0f} | **{row.ratio:.2f}** "
-        f"| {row.ratio_low:.2f} to {row.ratio_high:.2f} ({row.pairs}) | {row.others:.0%} |"
+        f"| {row.ratio_low:.2f} to {row.ratio_high:.2f} ({row.pairs}) | {row.mfu:.0%} | {row.others:.0%} |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -313,12 +342,14 @@ def main() -> None:
         f"L{sizes.layers} D{sizes.embed} H{sizes.heads} S{sizes.length} B{sizes.batch} V{sizes.vocab}, "
         f"bf16 with fp32 masters"
     )
+    gemm = gemm_rate(torch.bfloat16, 5, time.perf_counter, device.type)
+    where["GEMM bfloat16"] = f"{gemm / 1e9:.0f} GFLOP/s"
     print(shapes, where, sep="\n", flush=True)
     rows = []
     try:
         for family in options.family:
             for dropout in options.dropout:
-                rows.append(compare(family, dropout, options.steps, sizes, device))
+                rows.append(compare(family, dropout, options.steps, sizes, gemm, device))
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
     finally:
         dist.destroy_process_group()
