@@ -22,14 +22,30 @@
 #else
 #define ELLE_LIBRARY elle_mp
 #define ELLE_KEY CUDA
-// Exported by torch's CUDA library; its headers declare it only for builds that have the whole toolkit.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#include <dlfcn.h>
 #endif
 
 namespace elle_mp {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+#ifndef ELLE_EMULATED
+// The current stream of a device. Asked of torch's CUDA library, which the process has loaded; linking with
+// it would want a CUDA build of torch where this library is built.
+inline void* CurrentStream(int32_t device) {
+    typedef AOTITorchError (*Get)(int32_t, void**);
+    static const Get get = [] {
+        void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+        const char* name = "aoti_torch_get_current_cuda_stream";
+        return reinterpret_cast<Get>(dlsym(library ? library : RTLD_DEFAULT, name));
+    }();
+    STD_TORCH_CHECK(get != nullptr, "elle_mp: torch's CUDA library is not loaded");
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+    return stream;
+}
+#endif
 
 // The device of a call and its current stream.
 class Device {
@@ -41,14 +57,13 @@ class Device {
     }
     void* stream() const { return nullptr; }
 #else
-        : guard_(like.get_device_index()) {
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
+        : guard_(like.get_device_index()), stream_(CurrentStream(like.get_device_index())) {
     }
     void* stream() const { return stream_; }
 
   private:
     torch::stable::accelerator::DeviceGuard guard_;
-    void* stream_ = nullptr;
+    void* stream_;
 #endif
 };
 

@@ -67,7 +67,7 @@ def binding_command(source: Path, out: Path, code_for: Sequence[str], includes: 
 def link_command(nvcc: str, objects: Sequence[Path], out: Path, library_paths: Sequence[str]) -> list[str]:
     """The command that makes the library; CUDA's runtime goes into it, torch's libraries do not."""
     paths = [f"-L{path}" for path in library_paths]
-    return [nvcc, "-shared", "-cudart=static", *map(str, objects), *paths, "-ltorch_cpu", "-o", str(out)]
+    return [nvcc, "-shared", "-cudart=static", *map(str, objects), *paths, "-ltorch_cpu", "-ldl", "-o", str(out)]
 
 
 def built_targets(library: Path) -> list[str]:

@@ -32,7 +32,22 @@ def what_is_wrong_with_cuda() -> str | None:
         return "built, but not loaded: no GPU here"
     if what_is_wrong() is not None:
         return "built, but not loaded: the ops are not there"
-    return _load(CUDA_LIBRARY)
+    wrong = _load(CUDA_LIBRARY)
+    if wrong is None:
+        register_cuda_fakes("elle_mp")
+    return wrong
+
+
+def register_cuda_fakes(namespace: str) -> None:
+    """Fake tensors of the ops that only the CUDA library has; the others' are with their faces."""
+
+    @torch.library.register_fake(f"{namespace}::dropout_rows")
+    def _(x: torch.Tensor, *others: Any) -> torch.Tensor:
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake(f"{namespace}::expand_block")
+    def _(*others: Any) -> None:
+        return None
 
 
 def _load(library: Path) -> str | None:

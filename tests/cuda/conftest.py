@@ -73,6 +73,7 @@ def emulated() -> Any:
         schema = str(getattr(torch.ops.elle_mp, name).default._schema)
         definitions.define(schema.replace("elle_mp::", "", 1))
     torch.ops.load_library(build())
+    library.register_cuda_fakes("elle_mp_emulated")
     yield torch.ops.elle_mp_emulated
     del definitions
 

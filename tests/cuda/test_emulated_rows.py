@@ -35,6 +35,14 @@ def test_dropout_takes_any_strides(emulated: Any) -> None:
         emulated.dropout_rows(x, keys[:2], 0, 9000)
 
 
+def test_opcheck_of_the_librarys_own_ops(emulated: Any) -> None:
+    x, keys = torch.randn(2, 3, 8), sample_keys(DropoutKey(1, torch.arange(2)))
+    torch.library.opcheck(emulated.dropout_rows, (x, keys, 0, 9000))
+    out, rows, cols = torch.empty(2, 3), torch.tensor([0, 1]), torch.tensor([0, 0, 2], dtype=torch.int32)
+    nothing = (None, None, None, None, None, 0, False, None, None, None, 0, 0.0, 0, 0, 0)
+    torch.library.opcheck(emulated.expand_block, (torch.randn(2, 4), rows, cols, None, None, out, *nothing))
+
+
 LOGITS = [(3, 1030), (2, 8), (1, 1), (0, 5), (2, 0), (2, 4099)]
 
 
