@@ -173,21 +173,18 @@ ELLE_DEVICE void StoreRows(const float (&c)[kDim / 8][4], const float (&factor)[
 // Calls f(T{}, width, drop) with the kernels' compile-time choices.
 template <typename F>
 const char* ChooseKernel(const Attention& work, Element type, const F& f) {
-    const auto with_width = [&](auto element, auto width) {
 #ifdef ELLE_FEW_KERNELS
-        return f(element, width, std::true_type{});
+    return type == Element::kBFloat16 ? f(Bf16{}, std::integral_constant<int, 128>{}, std::true_type{})
+                                      : "not built";
 #else
+    const auto with_width = [&](auto element, auto width) {
         return work.threshold == 0 ? f(element, width, std::false_type{})
                                    : f(element, width, std::true_type{});
-#endif
     };
     const auto with_type = [&](auto element) {
         return work.dim <= 64 ? with_width(element, std::integral_constant<int, 64>{})
                               : with_width(element, std::integral_constant<int, 128>{});
     };
-#ifdef ELLE_FEW_KERNELS
-    return type == Element::kBFloat16 ? with_type(Bf16{}) : "not built";
-#else
     return type == Element::kBFloat16 ? with_type(Bf16{}) : with_type(Fp16{});
 #endif
 }

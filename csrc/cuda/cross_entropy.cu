@@ -78,22 +78,16 @@ Gradient(Logits work) {
     });
 }
 
-template <typename F>
-const char* WithLogits(Element type, const F& f) {
-    if (type == Element::kFloat) return f(float{});
-    return type == Element::kBFloat16 ? f(Bf16{}) : f(Fp16{});
-}
-
 }  // namespace
 
 const char* RunLogitStatistics(const Logits& work, Element type, void* stream) {
-    return WithLogits(type, [&](auto element) {
+    return WithFloatElement(type, [&](auto element) {
         return Launch(Statistics<decltype(element)>, {work.rows, 1, 1}, kThreads, 0, stream, work);
     });
 }
 
 const char* RunLogitGradient(const Logits& work, Element type, void* stream) {
-    return WithLogits(type, [&](auto element) {
+    return WithFloatElement(type, [&](auto element) {
         return Launch(Gradient<decltype(element)>, {work.rows, 1, 1}, kThreads, 0, stream, work);
     });
 }

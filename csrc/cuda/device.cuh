@@ -270,6 +270,17 @@ const char* WithElement(Element type, const F& f) {
     }
 }
 
+// The same without fp64.
+template <typename F>
+const char* WithFloatElement(Element type, const F& f) {
+#ifdef ELLE_FEW_KERNELS
+    return type == Element::kBFloat16 ? f(Bf16{}) : "not built";
+#else
+    if (type == Element::kFloat) return f(float{});
+    return type == Element::kBFloat16 ? f(Bf16{}) : f(Fp16{});
+#endif
+}
+
 template <typename T>
 ELLE_DEVICE T Narrow(Wide<T> x) {
     if constexpr (sizeof(T) == sizeof(Wide<T>))

@@ -200,12 +200,6 @@ SumParts(NormRows work) {
     work.sums[column] = sum;
 }
 
-template <typename F>
-const char* WithRows(Element type, const F& f) {
-    if (type == Element::kFloat) return f(float{});
-    return type == Element::kBFloat16 ? f(Bf16{}) : f(Fp16{});
-}
-
 // Whole warps, about one chunk to a thread.
 int ThreadsFor(int64_t columns, int64_t element) {
     const int64_t chunks = (columns * element + 15) / 16, threads = (chunks + kWarp - 1) / kWarp * kWarp;
@@ -215,7 +209,7 @@ int ThreadsFor(int64_t columns, int64_t element) {
 }  // namespace
 
 const char* RunAddNorm(const NormRows& work, Element type, void* stream) {
-    return WithRows(type, [&](auto element) {
+    return WithFloatElement(type, [&](auto element) {
         const int64_t shared = work.columns * static_cast<int64_t>(sizeof(float));
         return Launch(Forward<decltype(element)>, {work.rows, 1, 1}, ThreadsFor(work.columns, sizeof element),
                       shared, stream, work);
@@ -223,7 +217,7 @@ const char* RunAddNorm(const NormRows& work, Element type, void* stream) {
 }
 
 const char* RunAddNormBackward(const NormRows& work, Element type, void* stream) {
-    const char* error = WithRows(type, [&](auto element) {
+    const char* error = WithFloatElement(type, [&](auto element) {
         const int64_t shared = 2 * work.columns * static_cast<int64_t>(sizeof(float));
         return Launch(Backward<decltype(element)>, {work.blocks, 1, 1},
                       ThreadsFor(work.columns, sizeof element), shared, stream, work);
