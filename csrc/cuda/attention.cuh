@@ -22,6 +22,12 @@ ELLE_DEVICE bool SeesAll(const Summary& x, int begin) {
     const int end = begin + kTile;
     return end <= x.prefix_least || (x.begin_most <= begin && end <= x.end_least);
 }
+// What two neighbouring tiles of queries see together.
+ELLE_DEVICE Summary Join(const Summary& x, const Summary& y) {
+    return {Smaller(x.prefix_least, y.prefix_least), Bigger(x.prefix_most, y.prefix_most),
+            Smaller(x.begin_least, y.begin_least),   Bigger(x.begin_most, y.begin_most),
+            Smaller(x.end_least, y.end_least),       Bigger(x.end_most, y.end_most)};
+}
 // The first tile of keys from `tile` on that is seen, or one behind all.
 ELLE_DEVICE int NextTile(const Summary& x, int tile, int tiles) {
     if (tile * kTile < x.prefix_most) return tile;
@@ -100,47 +106,65 @@ ELLE_DEVICE void LoadBTransposed(uint32_t (&b)[4], const T* tile, int row, int s
     LoadMatricesTransposed(b, tile + ChunkAt<kDim>(row + (lane & 15), 2 * step + (lane >> 4)));
 }
 
-// c += a b^T: a is 16 rows of one tile, from `row` on, b the rows of another; both [.., kDim].
-template <typename T, int kDim, int kColumns>
-ELLE_DEVICE void MultiplyRows(float (&c)[kColumns / 8][4], const T* a_tile, int row, const T* b_tile) {
+// c += a b^T: a is kGroups times 16 rows of one tile, from `row` on, b the rows of another; both [.., kDim].
+template <typename T, int kDim, int kColumns, int kGroups>
+ELLE_DEVICE void MultiplyRows(float (&c)[kGroups][kColumns / 8][4], const T* a_tile, int row,
+                              const T* b_tile) {
     ELLE_UNROLL
     for (int step = 0; step < kDim / 16; ++step) {
-        uint32_t a[4];
-        LoadA<T, kDim>(a, a_tile, row, step);
+        uint32_t a[kGroups][4];
+        ELLE_UNROLL
+        for (int g = 0; g < kGroups; ++g) LoadA<T, kDim>(a[g], a_tile, row + 16 * g, step);
         ELLE_UNROLL
         for (int n = 0; n < kColumns / 16; ++n) {
             uint32_t b[4];
             LoadB<T, kDim>(b, b_tile, n * 16, step);
-            Mma(T{}, c[2 * n], a, b[0], b[1]);
-            Mma(T{}, c[2 * n + 1], a, b[2], b[3]);
+            ELLE_UNROLL
+            for (int g = 0; g < kGroups; ++g) {
+                Mma(T{}, c[g][2 * n], a[g], b[0], b[1]);
+                Mma(T{}, c[g][2 * n + 1], a[g], b[2], b[3]);
+            }
         }
     }
 }
 
-// c += x b: x is a result [16, kSummed] of the products above, rounded, b a tile [kSummed, kDim].
-template <typename T, int kDim, int kSummed>
-ELLE_DEVICE void MultiplyResult(float (&c)[kDim / 8][4], const float (&x)[kSummed / 8][4], const T* b_tile) {
+// c += x b: x are results [16, kSummed] of the products above, rounded, b a tile [kSummed, kDim].
+template <typename T, int kDim, int kSummed, int kGroups>
+ELLE_DEVICE void MultiplyResult(float (&c)[kGroups][kDim / 8][4], const float (&x)[kGroups][kSummed / 8][4],
+                                const T* b_tile) {
     ELLE_UNROLL
     for (int step = 0; step < kSummed / 16; ++step) {
-        const float (&left)[4] = x[2 * step], (&right)[4] = x[2 * step + 1];
-        const uint32_t a[4] = {Pair<T>(left[0], left[1]), Pair<T>(left[2], left[3]),
-                               Pair<T>(right[0], right[1]), Pair<T>(right[2], right[3])};
+        uint32_t a[kGroups][4];
+        ELLE_UNROLL
+        for (int g = 0; g < kGroups; ++g) {
+            ELLE_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const float (&from)[4] = x[g][2 * step + i / 2];
+                a[g][i] = Pair<T>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
+            }
+        }
         ELLE_UNROLL
         for (int n = 0; n < kDim / 16; ++n) {
             uint32_t b[4];
             LoadBTransposed<T, kDim>(b, b_tile, step * 16, n);
-            Mma(T{}, c[2 * n], a, b[0], b[1]);
-            Mma(T{}, c[2 * n + 1], a, b[2], b[3]);
+            ELLE_UNROLL
+            for (int g = 0; g < kGroups; ++g) {
+                Mma(T{}, c[g][2 * n], a[g], b[0], b[1]);
+                Mma(T{}, c[g][2 * n + 1], a[g], b[2], b[3]);
+            }
         }
     }
 }
 
-template <int kCount>
-ELLE_DEVICE void Clear(float (&c)[kCount][4]) {
+template <int kGroups, int kCount>
+ELLE_DEVICE void Clear(float (&c)[kGroups][kCount][4]) {
     ELLE_UNROLL
-    for (int n = 0; n < kCount; ++n) {
+    for (int g = 0; g < kGroups; ++g) {
         ELLE_UNROLL
-        for (int i = 0; i < 4; ++i) c[n][i] = 0.0f;
+        for (int n = 0; n < kCount; ++n) {
+            ELLE_UNROLL
+            for (int i = 0; i < 4; ++i) c[g][n][i] = 0.0f;
+        }
     }
 }
 

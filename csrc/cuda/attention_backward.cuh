@@ -72,7 +72,7 @@ QueryGradients(Attention work) {
         if (kDrop && here) mask[half] = QueryKey(work, sample, head, query);
     }
     const float scale = work.scale * kLog2E;
-    float dq[kDim / 8][4];
+    float dq[1][kDim / 8][4];
     Clear(dq);
     for (int stage = 0; tile < tiles; stage ^= 1) {
         const int next = NextTile(summary, tile + 1, tiles);
@@ -81,11 +81,11 @@ QueryGradients(Attention work) {
         WaitCopies<1>();
         SyncThreads();
         const T* k = stages + stage * 2 * kTile * kDim;
-        float scores[kTile / 8][4], products[kTile / 8][4];
+        float scores[1][kTile / 8][4], products[1][kTile / 8][4];
         Clear(scores);
         Clear(products);
-        MultiplyRows<T, kDim, kTile>(scores, q, row, k);
-        MultiplyRows<T, kDim, kTile>(products, grad, row, k + kTile * kDim);
+        MultiplyRows<T, kDim, kTile, 1>(scores, q, row, k);
+        MultiplyRows<T, kDim, kTile, 1>(products, grad, row, k + kTile * kDim);
         const bool masked = !SeesAll(summary, tile * kTile);
         ELLE_UNROLL
         for (int n = 0; n < kTile / 8; ++n) {
@@ -96,21 +96,21 @@ QueryGradients(Attention work) {
                 if (kDrop) word = MaskWord(mask[half], static_cast<uint32_t>(column) / 2);
                 ELLE_UNROLL
                 for (int e = 0; e < 2; ++e) {
-                    float weight = Exp2(scores[n][2 * half + e] * scale - lse[half]);
+                    float weight = Exp2(scores[0][n][2 * half + e] * scale - lse[half]);
                     if (masked && !seen[half](column + e)) weight = 0.0f;
-                    float product = products[n][2 * half + e];
+                    float product = products[0][n][2 * half + e];
                     if (kDrop) product = Kept(word, e, work.threshold) ? product * work.keep_scale : 0.0f;
-                    scores[n][2 * half + e] = weight * (product - delta[half]);
+                    scores[0][n][2 * half + e] = weight * (product - delta[half]);
                 }
             }
         }
-        MultiplyResult<T, kDim, kTile>(dq, scores, k);
+        MultiplyResult<T, kDim, kTile, 1>(dq, scores, k);
         SyncThreads();
         tile = next;
     }
     WaitCopies<0>();
     const float factor[2] = {work.scale, work.scale};
-    StoreRows<T, kDim>(dq, factor, work.dq.Start<T>(sample, head), work.dq.row, first + row, work.queries,
+    StoreRows<T, kDim>(dq[0], factor, work.dq.Start<T>(sample, head), work.dq.row, first + row, work.queries,
                        work.dim);
 }
 
@@ -243,7 +243,7 @@ KeyGradients(Attention work) {
     if (at.left()) load(at, 0);
     CommitCopies();
 
-    float dk[kDim / 8][4], dv[kDim / 8][4];
+    float dk[1][kDim / 8][4], dv[1][kDim / 8][4];
     Clear(dk);
     Clear(dv);
     for (int stage = 0; at.left(); stage ^= 1) {
@@ -255,22 +255,22 @@ KeyGradients(Attention work) {
         SyncThreads();
         const T* q = stages + stage * 2 * kStep * kDim;
         const T* grad = q + kStep * kDim;
-        float scores[kStep / 8][4], products[kStep / 8][4];
+        float scores[1][kStep / 8][4], products[1][kStep / 8][4];
         Clear(scores);
         Clear(products);
-        MultiplyRows<T, kDim, kStep>(scores, k, row, q);
-        MultiplyRows<T, kDim, kStep>(products, v, row, grad);
-        KeyStep<kStep, kDrop>(work, facts[stage], masked, begin + row + lane / 4, scores, products);
-        MultiplyResult<T, kDim, kStep>(dv, scores, grad);
-        MultiplyResult<T, kDim, kStep>(dk, products, q);
+        MultiplyRows<T, kDim, kStep, 1>(scores, k, row, q);
+        MultiplyRows<T, kDim, kStep, 1>(products, v, row, grad);
+        KeyStep<kStep, kDrop>(work, facts[stage], masked, begin + row + lane / 4, scores[0], products[0]);
+        MultiplyResult<T, kDim, kStep, 1>(dv, scores, grad);
+        MultiplyResult<T, kDim, kStep, 1>(dk, products, q);
         SyncThreads();
     }
     WaitCopies<0>();
     const float key_factor[2] = {work.scale, work.scale},
                 value_factor[2] = {work.keep_scale, work.keep_scale};
-    StoreRows<T, kDim>(dk, key_factor, work.dk.Start<T>(sample, kv), work.dk.row, begin + row, work.keys,
+    StoreRows<T, kDim>(dk[0], key_factor, work.dk.Start<T>(sample, kv), work.dk.row, begin + row, work.keys,
                        work.dim);
-    StoreRows<T, kDim>(dv, value_factor, work.dv.Start<T>(sample, kv), work.dv.row, begin + row, work.keys,
+    StoreRows<T, kDim>(dv[0], value_factor, work.dv.Start<T>(sample, kv), work.dv.row, begin + row, work.keys,
                        work.dim);
 }
 

@@ -7,9 +7,9 @@ const char* RunAttentionForward(const Attention& work, Element type, void* strea
     if (const char* error = RunSummarise(work, stream)) return error;
     return ChooseKernel(work, type, [&](auto element, auto width, auto drop) {
         typedef decltype(element) T;
-        constexpr int kDim = decltype(width)::value;
+        constexpr int kDim = decltype(width)::value, kQueries = kQueriesOf<kDim>;
         return Launch(ForwardTile<T, kDim, decltype(drop)::value>,
-                      {TilesOf(work.queries), work.heads, work.batch}, kAttentionThreads,
+                      {(work.queries + kQueries - 1) / kQueries, work.heads, work.batch}, kAttentionThreads,
                       ForwardShared<T, kDim>(), stream, work);
     });
 }

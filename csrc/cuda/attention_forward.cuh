@@ -5,9 +5,17 @@
 
 namespace elle_mp {
 
+// Groups of 16 queries that a warp takes: what is read of a tile of keys serves all of them. Registers allow
+// two of narrow heads.
+template <int kDim>
+constexpr int kGroupsOf = kDim > 64 ? 1 : 2;
+template <int kDim>
+constexpr int kQueriesOf = kGroupsOf<kDim> * kTile;
+
 template <typename T, int kDim>
 constexpr int64_t ForwardShared() {
-    return 5 * kTile * kDim * static_cast<int64_t>(sizeof(T));  // queries, and two stages of keys and values
+    // Queries, and two stages of keys and values.
+    return (kQueriesOf<kDim> + 4 * kTile) * kDim * static_cast<int64_t>(sizeof(T));
 }
 
 // The softmax of a warp's 16 queries as far as their keys have been seen; a lane has two rows.
@@ -64,19 +72,29 @@ ELLE_DEVICE void Weigh(const Attention& work, const Seen (&seen)[2], const MaskK
     }
 }
 
-// One tile of queries of one head.
+// What a block's queries see together.
+ELLE_DEVICE Summary SummaryOf(const Attention& work, int sample, int first, int count) {
+    const int tiles = TilesOf(work.queries), tile = first / kTile;
+    const Summary* summaries = work.summaries + static_cast<int64_t>(sample) * tiles;
+    Summary all = summaries[tile];
+    for (int i = tile + 1; i < tile + count && i < tiles; ++i) all = Join(all, summaries[i]);
+    return all;
+}
+
+// Some tiles of queries of one head.
 template <typename T, int kDim, bool kDrop>
 ELLE_KERNEL(kAttentionThreads)
 ForwardTile(Attention work) {
+    constexpr int kGroups = kGroupsOf<kDim>, kQueries = kQueriesOf<kDim>;
     // The last queries of a causal sequence see most: they start first.
-    const int number = BlocksX() - 1 - BlockX(), head = BlockY(), sample = BlockZ();
-    const int first = number * kTile, row = ThreadIndex() / kWarp * 16, lane = ThreadIndex() % kWarp;
+    const int head = BlockY(), sample = BlockZ(), first = (BlocksX() - 1 - BlockX()) * kQueries;
+    const int row = ThreadIndex() / kWarp * 16 * kGroups, lane = ThreadIndex() % kWarp;
     const int tiles = TilesOf(work.keys), kv = work.kv_of[head];
     T* q = reinterpret_cast<T*>(SharedMemory());
-    T* stages = q + kTile * kDim;
+    T* stages = q + kQueries * kDim;
     const T* keys = work.k.Start<const T>(sample, kv);
     const T* values = work.v.Start<const T>(sample, kv);
-    const Summary summary = work.summaries[sample * BlocksX() + number];
+    const Summary summary = SummaryOf(work, sample, first, kGroups);
     const auto load = [&](int tile, int stage) {
         T* to = stages + stage * 2 * kTile * kDim;
         const int64_t begin = static_cast<int64_t>(tile) * kTile;
@@ -84,22 +102,22 @@ ForwardTile(Attention work) {
         LoadTile<T, kDim, kTile>(to + kTile * kDim, values + begin * work.v.row, work.v,
                                  work.keys - tile * kTile, work.dim);
     };
-    LoadTile<T, kDim, kTile>(q, work.q.Start<const T>(sample, head) + first * work.q.row, work.q,
-                             work.queries - first, work.dim);
+    LoadTile<T, kDim, kQueries>(q, work.q.Start<const T>(sample, head) + first * work.q.row, work.q,
+                                work.queries - first, work.dim);
     int tile = NextTile(summary, 0, tiles);
     if (tile < tiles) load(tile, 0);
     CommitCopies();
 
-    Seen seen[2];
-    MaskKey mask[2] = {};
+    Seen seen[kGroups][2];
+    MaskKey mask[kGroups][2] = {};
     ELLE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        const int query = first + row + lane / 4 + 8 * half;
-        seen[half] = SeenBy(work, sample, query);
-        if (kDrop && query < work.queries) mask[half] = QueryKey(work, sample, head, query);
+    for (int i = 0; i < 2 * kGroups; ++i) {
+        const int query = first + row + lane / 4 + 8 * i;
+        seen[i / 2][i % 2] = SeenBy(work, sample, query);
+        if (kDrop && query < work.queries) mask[i / 2][i % 2] = QueryKey(work, sample, head, query);
     }
-    Running running;
-    float out[kDim / 8][4];
+    Running running[kGroups];
+    float out[kGroups][kDim / 8][4];
     Clear(out);
     for (int stage = 0; tile < tiles; stage ^= 1) {
         const int next = NextTile(summary, tile + 1, tiles);
@@ -108,30 +126,35 @@ ForwardTile(Attention work) {
         WaitCopies<1>();
         SyncThreads();
         const T* k = stages + stage * 2 * kTile * kDim;
-        float scores[kTile / 8][4];
+        const bool masked = !SeesAll(summary, tile * kTile);
+        float scores[kGroups][kTile / 8][4];
         Clear(scores);
-        MultiplyRows<T, kDim, kTile>(scores, q, row, k);
-        Weigh<kDim, kDrop>(work, seen, mask, !SeesAll(summary, tile * kTile), tile * kTile, scores, out,
-                           running);
-        MultiplyResult<T, kDim, kTile>(out, scores, k + kTile * kDim);
+        MultiplyRows<T, kDim, kTile, kGroups>(scores, q, row, k);
+        ELLE_UNROLL
+        for (int g = 0; g < kGroups; ++g)
+            Weigh<kDim, kDrop>(work, seen[g], mask[g], masked, tile * kTile, scores[g], out[g], running[g]);
+        MultiplyResult<T, kDim, kTile, kGroups>(out, scores, k + kTile * kDim);
         SyncThreads();
         tile = next;
     }
     WaitCopies<0>();
-    float factor[2];
     ELLE_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        float sum = running.sum[half];
-        sum += ShuffleXor(sum, 1);
-        sum += ShuffleXor(sum, 2);
-        factor[half] = sum == 0.0f ? 0.0f : work.keep_scale / sum;
-        const int query = first + row + lane / 4 + 8 * half;
-        if (lane % 4 == 0 && query < work.queries)
-            work.lse[work.Row(sample, head, query)] =
-                sum == 0.0f ? -INFINITY : running.top[half] * work.scale + Log(sum);
+    for (int g = 0; g < kGroups; ++g) {
+        float factor[2];
+        ELLE_UNROLL
+        for (int half = 0; half < 2; ++half) {
+            float sum = running[g].sum[half];
+            sum += ShuffleXor(sum, 1);
+            sum += ShuffleXor(sum, 2);
+            factor[half] = sum == 0.0f ? 0.0f : work.keep_scale / sum;
+            const int query = first + row + 16 * g + lane / 4 + 8 * half;
+            if (lane % 4 == 0 && query < work.queries)
+                work.lse[work.Row(sample, head, query)] =
+                    sum == 0.0f ? -INFINITY : running[g].top[half] * work.scale + Log(sum);
+        }
+        StoreRows<T, kDim>(out[g], factor, work.out.Start<T>(sample, head), work.out.row,
+                           first + row + 16 * g, work.queries, work.dim);
     }
-    StoreRows<T, kDim>(out, factor, work.out.Start<T>(sample, head), work.out.row, first + row, work.queries,
-                       work.dim);
 }
 
 }  // namespace elle_mp
