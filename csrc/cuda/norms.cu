@@ -159,7 +159,7 @@ Backward(NormRows work) {
         const MaskKey key = KeyOf(work, row);
         ForColumns<T>(work, [&](int64_t c, auto count) {
             constexpr int kCount = decltype(count)::value;
-            float n[kCount], dx[kCount], dh[kCount];
+            float n[kCount], dx[kCount], dh[kCount] = {};
             LoadSome(h + c, n);
             LoadSome(dy + c, dx);
             if (work.dh) LoadSome(static_cast<const T*>(work.dh) + at + c, dh);

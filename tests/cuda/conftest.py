@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,37 +32,44 @@ SHARED_OPS = (
 """Ops that the CPU library defines; the CUDA library defines the others."""
 
 
-def compile_commands(sources: list[Path], folder: Path, defines: tuple[str, ...] = ()) -> list[list[str]]:
-    """The commands that make objects of the CUDA sources with a C++ compiler."""
-    flags = ["-x", "c++", "-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror", "-U_FORTIFY_SOURCE"]
-    flags.append("-fvisibility=hidden")
-    flags += ["-DELLE_EMULATED", f"-DTORCH_TARGET_VERSION={cuda_build.OLDEST_TORCH}", *defines]
+def compile_command(source: Path, out: Path) -> list[str]:
+    """The command that makes an object of a CUDA source with a C++ compiler."""
+    flags = ["-x", "c++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    flags += ["-U_FORTIFY_SOURCE", "-DELLE_EMULATED", f"-DTORCH_TARGET_VERSION={cuda_build.OLDEST_TORCH}"]
     headers = [flag for path in include_paths() for flag in ("-isystem", path)]
-    compiler = os.environ.get("CXX", "g++")
-    return [[compiler, *flags, *headers, "-c", str(s), "-o", str(folder / f"{s.name}.o")] for s in sources]
+    return [os.environ.get("CXX", "g++"), *flags, *headers, "-c", str(source), "-o", str(out)]
 
 
 def build() -> Path:
     """Builds the emulated library, or finds one that was made of the same sources."""
-    sources = sorted([*FOLDER.glob("*.cu"), *(path for path in FOLDER.glob("*.cpp") if path.stem != "library")])
     files = sorted([*FOLDER.iterdir(), Path(__file__)])
     digest = hashlib.blake2b(b"".join(path.read_bytes() for path in files) + torch.__version__.encode())
     out = CACHE / f"{digest.hexdigest()[:16]}.so"
-    if out.exists():
-        return out
-    folder = CACHE / f"making-{os.getpid()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(2) as pool:
-        for done in pool.map(
-            lambda command: subprocess.run(command, capture_output=True, text=True), compile_commands(sources, folder)
-        ):
-            assert done.returncode == 0, done.stderr
-    objects = [str(folder / f"{source.name}.o") for source in sources]
-    made = folder / out.name
-    paths = [f"-L{path}" for path in library_paths()]
-    subprocess.run([os.environ.get("CXX", "g++"), "-shared", *objects, *paths, "-ltorch_cpu", "-o", made], check=True)
-    made.replace(out)  # whole or not at all: another process may look for it
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:  # of processes that want it at a time, one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not out.exists():
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                make(Path(folder), out)
     return out
+
+
+def make(folder: Path, out: Path) -> None:
+    """Builds the library in ``folder`` and moves it to ``out``."""
+    # The host sides in one file: torch's headers take most of the time.
+    bindings = folder / "bindings.cpp"
+    hosts = sorted(path for path in FOLDER.glob("*.cpp") if path.stem != "library")
+    bindings.write_text("".join(f'#include "{path}"\n' for path in hosts))
+    sources = [bindings, *sorted(FOLDER.glob("*.cu"))]
+    objects = [folder / f"{source.name}.o" for source in sources]
+    commands = [compile_command(source, found) for source, found in zip(sources, objects, strict=True)]
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands):
+            assert done.returncode == 0, done.stderr
+    made, paths = folder / out.name, [f"-L{path}" for path in library_paths()]
+    linker = [os.environ.get("CXX", "g++"), "-shared", *map(str, objects), *paths, "-ltorch_cpu", "-o", str(made)]
+    subprocess.run(linker, check=True)
+    made.replace(out)
 
 
 @pytest.fixture(scope="session")
