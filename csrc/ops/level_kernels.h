@@ -3,6 +3,7 @@
 
 #include "attention_backward.h"
 #include "cross_entropy_rows.h"
+#include "philox_runs.h"
 
 namespace elle_mp {
 namespace ELLE_LEVEL {
@@ -12,7 +13,7 @@ namespace ELLE_LEVEL {
 template <typename Unit>
 ELLE_TARGET inline LevelKernels MakeLevel() {
     return {MakeKernels<float, Floats>(), MakeKernels<BFloat16, Unit>(), MakeCrossEntropy<float>(),
-            MakeCrossEntropy<BFloat16>()};
+            MakeCrossEntropy<BFloat16>(), NormalRun};
 }
 
 }  // namespace ELLE_LEVEL

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "cross_entropy.h"
 #include "levels.h"
+#include "philox.h"
 
 namespace elle_mp {
 namespace {
@@ -37,10 +38,12 @@ STABLE_TORCH_LIBRARY(elle_mp, m) {
     m.def(
         "logit_gradient(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor factors, float hit, float "
         "uniform) -> ()");
+    m.def("philox_normal(Tensor(a!) out, int key, int start, int stride) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(elle_mp, CPU, m) {
     m.impl("logit_statistics", TORCH_BOX(&elle_mp::LogitStatistics));
+    m.impl("philox_normal", TORCH_BOX(&elle_mp::PhiloxNormal));
     m.impl("logit_gradient", TORCH_BOX(&elle_mp::LogitGradient));
     m.impl("expanded_attention", TORCH_BOX(&elle_mp::AttentionForward));
     m.impl("expanded_attention_backward", TORCH_BOX(&elle_mp::AttentionBackward));

@@ -82,6 +82,7 @@ struct CrossEntropyKernels {
 struct LevelKernels {
     AttentionKernels fp32, bf16;
     CrossEntropyKernels cross_entropy_fp32, cross_entropy_bf16;
+    void (*normal_run)(uint64_t key, uint64_t start, int64_t count, float* out);  // see philox.h
 };
 LevelKernels PlainKernels();
 #if defined(__x86_64__)
