@@ -3,6 +3,7 @@
 
 #include "attention_backward.h"
 #include "cross_entropy_rows.h"
+#include "norm_rows.h"
 #include "philox_runs.h"
 
 namespace elle_mp {
@@ -12,8 +13,13 @@ namespace ELLE_LEVEL {
 // packed.
 template <typename Unit>
 ELLE_TARGET inline LevelKernels MakeLevel() {
-    return {MakeKernels<float, Floats>(), MakeKernels<BFloat16, Unit>(), MakeCrossEntropy<float>(),
-            MakeCrossEntropy<BFloat16>(), NormalRun};
+    return {MakeKernels<float, Floats>(),
+            MakeKernels<BFloat16, Unit>(),
+            MakeCrossEntropy<float>(),
+            MakeCrossEntropy<BFloat16>(),
+            NormalRun,
+            MakeNorms<float>(),
+            MakeNorms<BFloat16>()};
 }
 
 }  // namespace ELLE_LEVEL

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "cross_entropy.h"
 #include "levels.h"
+#include "norms.h"
 #include "philox.h"
 
 namespace elle_mp {
@@ -39,9 +40,18 @@ STABLE_TORCH_LIBRARY(elle_mp, m) {
         "logit_gradient(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor factors, float hit, float "
         "uniform) -> ()");
     m.def("philox_normal(Tensor(a!) out, int key, int start, int stride) -> ()");
+    m.def(
+        "add_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, Tensor? stat_weights, Tensor? "
+        "keys, "
+        "int first_row, int threshold, float eps, bool rms) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "add_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor? stat_weights, Tensor "
+        "statistics, Tensor? keys, int first_row, int threshold, bool rms) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(elle_mp, CPU, m) {
+    m.impl("add_norm", TORCH_BOX(&elle_mp::AddNorm));
+    m.impl("add_norm_backward", TORCH_BOX(&elle_mp::AddNormBackward));
     m.impl("logit_statistics", TORCH_BOX(&elle_mp::LogitStatistics));
     m.impl("philox_normal", TORCH_BOX(&elle_mp::PhiloxNormal));
     m.impl("logit_gradient", TORCH_BOX(&elle_mp::LogitGradient));

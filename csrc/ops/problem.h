@@ -78,11 +78,50 @@ struct CrossEntropyKernels {
     void (*gradient)(const Logits&, int64_t begin, int64_t end);
 };
 
+// The masks of rows of hidden states, see counter.h of the helpers: row r is row first_row + r % run of the
+// sequence keys[r / run], or row positions[r % run] where there are positions. None where the threshold is 0.
+struct RowMasks {
+    const int64_t* keys;
+    const int64_t* positions;
+    int64_t run, first_row;
+    uint32_t threshold;
+    float keep_scale;
+};
+
+// A norm of rows, see norms.h. What has one entry per column is padded to kGroup by zeros.
+struct Norm {
+    int64_t columns;
+    const float *weight, *bias;
+    const float* stat_weights;  // or null: all columns count alike
+    float eps;
+    bool rms;
+    float *mean, *rstd;  // [rows]
+};
+
+// Rows [rows, columns], contiguous.
+struct NormRows {
+    Norm norm;
+    RowMasks masks;
+    const void *x, *residual;  // forward; no residual: null
+    void *h, *y;               // forward; h is null where it is x
+    // Backward.
+    const void *kept, *dy, *dh;  // h, and the gradients of y and h; no gradient of h: null
+    void *d_residual, *d_x;      // d_x is null where it is d_residual
+};
+
+struct NormKernels {
+    // Rows begin to end; `scratch`: columns, padded to kGroup.
+    void (*forward)(const NormRows&, int64_t begin, int64_t end, float* scratch);
+    // Adds to d_weight and d_bias, padded likewise.
+    void (*backward)(const NormRows&, int64_t begin, int64_t end, float* d_weight, float* d_bias);
+};
+
 // Each level is compiled in a file of its own.
 struct LevelKernels {
     AttentionKernels fp32, bf16;
     CrossEntropyKernels cross_entropy_fp32, cross_entropy_bf16;
     void (*normal_run)(uint64_t key, uint64_t start, int64_t count, float* out);  // see philox.h
+    NormKernels norm_fp32, norm_bf16;
 };
 LevelKernels PlainKernels();
 #if defined(__x86_64__)

@@ -1,8 +1,7 @@
 // Which keys the queries of a block see, and the dropout masks of their rows.
 #pragma once
 
-#include "../helpers/hashing.h"
-#include "vectors.h"
+#include "masks.h"
 
 namespace elle_mp {
 namespace ELLE_LEVEL {
@@ -83,11 +82,8 @@ class Queries {
 
     // Which weights of keys `key` (even) and key + 1 are kept.
     ELLE_INLINE void Keep(int64_t lane, int64_t key, Int& even, Int& odd) const {
-        Bits word = LoadAs<Bits>(low_ + lane) + static_cast<uint32_t>(key / 2);
-        word = (word ^ (word >> 16)) * 0x21f0aaadu;
-        word ^= LoadAs<Bits>(high_ + lane);
-        word = (word ^ (word >> 15)) * 0x735a2d97u;
-        word ^= word >> 15;
+        const Bits word =
+            MaskWords(LoadAs<Bits>(low_ + lane) + static_cast<uint32_t>(key / 2), LoadAs<Bits>(high_ + lane));
         even = (Int)(word & 0xffffu) >= threshold_;
         odd = (Int)(word >> 16) >= threshold_;
     }

@@ -105,20 +105,30 @@ def dropout(x: Tensor, p: float, key: DropoutKey, first_row: int | Sequence[int]
     """
     if threshold(p) == 0:
         return x
+    keys, row = run_keys(x, key, first_row)
+    runs = x if len(keys) == len(x) else x.unflatten(1, (len(keys) // len(x), -1)).flatten(0, 1)
+    out: Tensor = _Dropout.apply(runs, p, keys, row)
+    return out.reshape(x.shape)
+
+
+def run_keys(x: Tensor, key: DropoutKey, first_row: int | Sequence[int]) -> tuple[Tensor, int]:
+    """Keys ``[B * runs]`` of the runs of positions that ``x [B, S, D]`` consists of, and the first row of each.
+
+    Raises:
+        ValueError: as of :func:`dropout`.
+    """
     if x.dim() != 3 or key.samples.shape != (x.shape[0],):
         raise ValueError(f"dropout wants x [B, S, D] and B samples, got {tuple(x.shape)}, {tuple(key.samples.shape)}")
     keys = sample_keys(key)
-    out: Tensor
-    if isinstance(first_row, int) or len(first_row) == 1:
-        out = _Dropout.apply(x, p, keys, first_row if isinstance(first_row, int) else first_row[0])
-        return out
+    if isinstance(first_row, int):
+        return keys, first_row
+    if len(first_row) == 1:
+        return keys, first_row[0]
     if x.shape[1] % len(first_row):
         raise ValueError(f"dropout: {x.shape[1]} positions are not {len(first_row)} equally long runs")
     # Rows enter a mask as key + GOLDEN * row: a run that starts at row r is one that starts at 0 under another key.
     starts = torch.tensor(first_row, dtype=torch.int64) * _signed(GOLDEN)
-    runs = x.unflatten(1, (len(first_row), x.shape[1] // len(first_row))).flatten(0, 1)
-    out = _Dropout.apply(runs, p, (keys[:, None] + starts).flatten(), 0)
-    return out.reshape(x.shape)
+    return (keys[:, None] + starts).flatten(), 0
 
 
 def apply_mask(x: Tensor, p: float, keys: Tensor, first_row: int) -> Tensor:

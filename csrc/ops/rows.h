@@ -1,0 +1,91 @@
+// What the ops on rows of hidden states share.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "problem.h"
+
+namespace elle_mp {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline int64_t Padded(int64_t columns) { return (columns + kGroup - 1) / kGroup * kGroup; }
+
+// Rows that are worth another thread.
+inline int64_t Grain(int64_t columns) {
+    return std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, columns));
+}
+
+// Whether it is fp32; otherwise it must be bf16.
+inline bool IsFloat(const Tensor& x, const char* op) {
+    const ScalarType type = x.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, op,
+                    " has kernels for float32 and bfloat16");
+    return type == ScalarType::Float;
+}
+
+// The entries of a vector [count] as floats, padded by zeros.
+inline std::vector<float> Floats(const Tensor& x, int64_t count, const char* name) {
+    STD_TORCH_CHECK(x.is_cpu() && x.numel() == count && x.is_contiguous(), name, " does not fit");
+    std::vector<float> to(static_cast<std::size_t>(Padded(count)), 0.0f);
+    if (x.scalar_type() == ScalarType::Double) {
+        const double* from = static_cast<const double*>(x.data_ptr());
+        for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+    } else if (IsFloat(x, name)) {
+        std::copy_n(static_cast<const float*>(x.data_ptr()), count, to.data());
+    } else {
+        const uint16_t* from = static_cast<const uint16_t*>(x.data_ptr());
+        for (int64_t i = 0; i < count; ++i) {
+            const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+            std::memcpy(&to[i], &bits, sizeof bits);
+        }
+    }
+    return to;
+}
+
+// Rows like those of `like`, or none.
+inline Tensor EmptyRows(const Tensor& like, bool rows) {
+    std::vector<int64_t> sizes;
+    if (rows)
+        for (int64_t i = 0; i < like.dim(); ++i) sizes.push_back(like.size(i));
+    else
+        sizes.push_back(0);
+    return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device());
+}
+
+inline void CheckRows(const Tensor& x, const Tensor& like, const char* name) {
+    bool fits =
+        x.is_cpu() && x.scalar_type() == like.scalar_type() && x.dim() == like.dim() && x.is_contiguous();
+    for (int64_t i = 0; fits && i < x.dim(); ++i) fits = x.size(i) == like.size(i);
+    STD_TORCH_CHECK(fits, name, " does not fit");
+}
+
+// Masks of `rows` rows, equally many for each key.
+inline RowMasks Masks(const std::optional<Tensor>& keys, int64_t rows, int64_t first_row, int64_t threshold) {
+    STD_TORCH_CHECK(threshold >= 0 && threshold < 65536, "the threshold is not one of 65536 levels");
+    RowMasks masks{};
+    masks.threshold = static_cast<uint32_t>(threshold);
+    masks.run = std::max<int64_t>(rows, 1);
+    masks.first_row = first_row;
+    masks.keep_scale = static_cast<float>(65536.0 / (65536.0 - static_cast<double>(threshold)));
+    if (threshold == 0) return masks;
+    STD_TORCH_CHECK(keys.has_value(), "dropout wants keys");
+    STD_TORCH_CHECK(keys->is_cpu() && keys->scalar_type() == ScalarType::Long && keys->is_contiguous() &&
+                        (rows == 0 || (keys->numel() > 0 && rows % keys->numel() == 0)),
+                    "keys do not fit");
+    masks.keys = static_cast<const int64_t*>(keys->data_ptr());
+    if (rows > 0) masks.run = rows / keys->numel();
+    return masks;
+}
+
+}  // namespace elle_mp
