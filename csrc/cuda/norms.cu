@@ -10,29 +10,6 @@ namespace {
 constexpr int kMostThreads = 256;
 constexpr int kSumColumns = 32, kSumParts = 8;
 
-// kCount neighbouring elements, as floats.
-template <int kCount, typename T>
-ELLE_DEVICE void LoadSome(const T* from, float (&to)[kCount]) {
-    if constexpr (kCount == 1) {
-        to[0] = ToFloat(*from);
-    } else {
-        const Chunk<T> chunk = *reinterpret_cast<const Chunk<T>*>(from);
-        ELLE_UNROLL
-        for (int i = 0; i < kCount; ++i) to[i] = ToFloat(chunk.x[i]);
-    }
-}
-template <int kCount, typename T>
-ELLE_DEVICE void StoreSome(T* to, const float (&from)[kCount]) {
-    if constexpr (kCount == 1) {
-        *to = Narrow<T>(from[0]);
-    } else {
-        Chunk<T> chunk;
-        ELLE_UNROLL
-        for (int i = 0; i < kCount; ++i) chunk.x[i] = Narrow<T>(from[i]);
-        *reinterpret_cast<Chunk<T>*>(to) = chunk;
-    }
-}
-
 // Calls f(column, count) for the columns that are this thread's: always the same ones.
 template <typename T, typename F>
 ELLE_DEVICE void ForColumns(const NormRows& work, const F& f) {

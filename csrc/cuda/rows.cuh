@@ -2,6 +2,8 @@
 // the block, always in the same order.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace elle_mp {
@@ -11,6 +13,29 @@ struct alignas(16) Chunk {
     static constexpr int kCount = 16 / static_cast<int>(sizeof(T));
     T x[kCount];
 };
+
+// kCount neighbouring elements, as Wide<T>.
+template <int kCount, typename T>
+ELLE_DEVICE void LoadSome(const T* from, Wide<T> (&to)[kCount]) {
+    if constexpr (kCount == 1) {
+        to[0] = ToFloat(*from);
+    } else {
+        const Chunk<T> chunk = *reinterpret_cast<const Chunk<T>*>(from);
+        ELLE_UNROLL
+        for (int i = 0; i < kCount; ++i) to[i] = ToFloat(chunk.x[i]);
+    }
+}
+template <int kCount, typename T>
+ELLE_DEVICE void StoreSome(T* to, const Wide<T> (&from)[kCount]) {
+    if constexpr (kCount == 1) {
+        *to = Narrow<T>(from[0]);
+    } else {
+        Chunk<T> chunk;
+        ELLE_UNROLL
+        for (int i = 0; i < kCount; ++i) chunk.x[i] = Narrow<T>(from[i]);
+        *reinterpret_cast<Chunk<T>*>(to) = chunk;
+    }
+}
 
 ELLE_DEVICE bool IsAligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; }
 

@@ -45,6 +45,10 @@ def register_cuda_fakes(namespace: str) -> None:
     def _(x: torch.Tensor, *others: Any) -> torch.Tensor:
         return x.new_empty(x.shape)
 
+    @torch.library.register_fake(f"{namespace}::embedding_gradient")
+    def _(grad: torch.Tensor, ids: torch.Tensor, order: torch.Tensor, rows: int) -> torch.Tensor:
+        return grad.new_empty(rows, grad.shape[1])
+
     @torch.library.register_fake(f"{namespace}::expand_block")
     def _(*others: Any) -> None:
         return None

@@ -76,3 +76,19 @@ def test_rows_of_logits_equal_the_reference(
     torch_logits.logit_gradient(wide, targets, lse.double(), factors.double(), 0.9, 0.1 / max(columns, 1))
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
     torch.testing.assert_close(logits.double(), wide, rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("count, rows, columns", [(50, 9, 24), (7, 300, 5), (0, 3, 8), (4, 0, 8), (30, 2, 1032)])
+def test_the_gradient_of_a_table_equals_the_reference(
+    emulated: Any, order: str, count: int, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(6)
+    ids, grad = torch.randint(-2, rows + 2, (count,)), torch.randn(count, columns, dtype=torch.float64).to(dtype)
+    ascending, place = ids.sort(stable=True)
+    found = emulated.embedding_gradient(grad, ascending, place, rows)
+    wanted = torch.zeros(rows, columns, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for i, row in enumerate(ids.tolist()):
+        if 0 <= row < rows:
+            wanted[row] += grad[i].to(wanted.dtype)
+    assert torch.equal(found, wanted.to(dtype))
