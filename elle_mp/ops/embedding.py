@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elle_mp.ops.library import cuda_ops
+
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
@@ -25,6 +27,11 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         local, inside = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
+        ops = cuda_ops("embedding_gradient") if grad.is_cuda else None
+        if ops is not None:  # index_add_ would sum in another order each time
+            ascending, order = local.sort(stable=True)
+            found = ops.embedding_gradient(rows.contiguous(), ascending, order, ctx.table_shape[0])
+            return found.to(ctx.dtype), None, None
         if inside is not None:
             chosen = inside.nonzero().squeeze(1)
             local, rows = local.index_select(0, chosen), rows.index_select(0, chosen)

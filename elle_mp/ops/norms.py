@@ -2,7 +2,8 @@
 front of them in the same pass.
 
 The kernels (``csrc/ops/norm_rows.h``: CPU, fp32 and bf16) give bit for bit what dropout, sum and norm give one after
-the other. Statistics are in fp32; sums over rows are made in blocks that do not depend on the number of threads.
+the other; ``csrc/cuda/norms.cu`` (GPUs, fp16, too) rounds in the same places and sums in another order. Statistics are
+in fp32; sums over rows are made in blocks that do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -16,10 +17,16 @@ from torch import Tensor
 
 from elle_mp.ops.apex import Apex
 from elle_mp.ops.dropout import DropoutKey, dropout, run_keys, threshold
-from elle_mp.ops.library import compiled_ops
+from elle_mp.ops.library import compiled_ops, cuda_ops
 
-KERNEL_TYPES = (torch.float32, torch.bfloat16)
-"""Types of hidden states that the kernels take, on the CPU."""
+KERNEL_TYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+"""Types of hidden states that the kernels of each kind of device take."""
+
+CUDA_COLUMNS = 24 << 10
+"""Most columns that the CUDA kernels take."""
 
 
 def layer_norm(
@@ -40,7 +47,8 @@ def layer_norm(
     """
     if apex is not None and stat_weights is None:
         return apex.layer_norm(x, weight.to(x.dtype), bias.to(x.dtype), (x.shape[-1],), eps)
-    if has_kernel(x):
+    # On a GPU torch's own norm stays where nothing is weighted: nobody has measured ours there.
+    if has_kernel(x) and (x.device.type == "cpu" or stat_weights is not None):
         return _add_norm(x, None, weight, bias, stat_weights, eps, 0.0, None, 0)[0]
     return _plain_layer_norm(x, weight, bias, eps, stat_weights)
 
@@ -142,7 +150,9 @@ def residual_rms_norm_reference(
 
 def has_kernel(x: Tensor) -> bool:
     """Whether the compiled kernels take hidden states like ``x``."""
-    return _KERNELS is not None and x.device.type == "cpu" and x.dtype in KERNEL_TYPES
+    if _KERNELS is None or x.dtype not in KERNEL_TYPES.get(x.device.type, ()):
+        return False
+    return x.device.type == "cpu" or (x.shape[-1] <= CUDA_COLUMNS and cuda_ops("add_norm") is not None)
 
 
 def _check(x: Tensor, residual: Tensor) -> None:
@@ -166,6 +176,7 @@ def _add_norm(
     """The kernel: the norm and ``h``, which is empty where it is ``x``."""
     level = 0 if key is None else threshold(p)
     keys, row = (None, 0) if key is None or level == 0 else run_keys(x, key, first_row)
+    keys = None if keys is None else keys.to(x.device)
     residual = None if residual is None else residual.contiguous()
     y, h, _ = _KERNELS.add_norm(x.contiguous(), residual, weight, bias, stat_weights, keys, row, level, eps, rms)
     return y, h
