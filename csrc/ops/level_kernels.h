@@ -3,6 +3,7 @@
 
 #include "attention_backward.h"
 #include "cross_entropy_rows.h"
+#include "embedding_rows.h"
 #include "norm_rows.h"
 #include "philox_runs.h"
 
@@ -19,7 +20,9 @@ ELLE_TARGET inline LevelKernels MakeLevel() {
             MakeCrossEntropy<BFloat16>(),
             NormalRun,
             MakeNorms<float>(),
-            MakeNorms<BFloat16>()};
+            MakeNorms<BFloat16>(),
+            MakeEmbedding<float>(),
+            MakeEmbedding<BFloat16>()};
 }
 
 }  // namespace ELLE_LEVEL

@@ -9,6 +9,7 @@
 #include "levels.h"
 #include "norms.h"
 #include "philox.h"
+#include "prompt_embedding.h"
 
 namespace elle_mp {
 namespace {
@@ -42,14 +43,23 @@ STABLE_TORCH_LIBRARY(elle_mp, m) {
     m.def("philox_normal(Tensor(a!) out, int key, int start, int stride) -> ()");
     m.def(
         "add_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, Tensor? stat_weights, Tensor? "
-        "keys, "
-        "int first_row, int threshold, float eps, bool rms) -> (Tensor, Tensor, Tensor)");
+        "keys, int first_row, int threshold, float eps, bool rms) -> (Tensor, Tensor, Tensor)");
     m.def(
         "add_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor? stat_weights, Tensor "
         "statistics, Tensor? keys, int first_row, int threshold, bool rms) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "prompt_embedding(Tensor table, Tensor? prompt_table, Tensor? position_table, Tensor? weight, "
+        "Tensor? bias, Tensor ids, Tensor at, Tensor? domains, Tensor? stat_weights, Tensor? keys, int "
+        "start, int threshold, float eps) -> (Tensor, Tensor)");
+    m.def(
+        "prompt_embedding_backward(Tensor dy, Tensor? statistics, Tensor table, Tensor? prompt_table, "
+        "Tensor? position_table, Tensor? weight, Tensor ids, Tensor at, Tensor? domains, Tensor? "
+        "stat_weights, Tensor? keys, int start, int threshold) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(elle_mp, CPU, m) {
+    m.impl("prompt_embedding", TORCH_BOX(&elle_mp::PromptEmbedding));
+    m.impl("prompt_embedding_backward", TORCH_BOX(&elle_mp::PromptEmbeddingBackward));
     m.impl("add_norm", TORCH_BOX(&elle_mp::AddNorm));
     m.impl("add_norm_backward", TORCH_BOX(&elle_mp::AddNormBackward));
     m.impl("logit_statistics", TORCH_BOX(&elle_mp::LogitStatistics));

@@ -13,11 +13,6 @@
 namespace elle_mp {
 namespace {
 
-// Rows whose sums for d_weight and d_bias are made together, at least, and how many blocks there are, at
-// most: blocks do not depend on the number of threads.
-constexpr int64_t kBlockRows = 64;
-constexpr int64_t kMostBlocks = 64;
-
 // What forward and backward share; `like` is x or h.
 struct Call {
     std::vector<float> weight, bias, stat_weights;
@@ -90,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> AddNormBackward(Tensor dy, std::optional<Tens
                         statistics.numel() == 2 * call.rows && statistics.is_contiguous(),
                     "statistics do not fit");
     call.SetStatistics(statistics);
-    const int64_t columns = call.work.norm.columns, rows = call.rows, padded = Padded(columns);
+    const int64_t columns = call.work.norm.columns;
     const Tensor d_residual = EmptyRows(h, true), d_x = EmptyRows(h, threshold > 0);
     const Tensor sums = torch::stable::empty({2, columns}, ScalarType::Float, std::nullopt, h.device());
     NormRows& work = call.work;
@@ -102,23 +97,10 @@ std::tuple<Tensor, Tensor, Tensor> AddNormBackward(Tensor dy, std::optional<Tens
     }
     work.d_residual = d_residual.data_ptr();
     work.d_x = threshold > 0 ? d_x.data_ptr() : nullptr;
-    const int64_t each = std::max(kBlockRows, (rows + kMostBlocks - 1) / kMostBlocks);
-    const int64_t blocks = (rows + each - 1) / each;
-    std::vector<float> parts(static_cast<std::size_t>(blocks * 2 * padded), 0.0f);
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block) {
-            float* part = parts.data() + block * 2 * padded;
-            call.kernels.backward(work, block * each, std::min(rows, (block + 1) * each), part,
-                                  part + padded);
-        }
-    });
-    float* to = static_cast<float*>(sums.data_ptr());
-    std::fill(to, to + 2 * columns, 0.0f);
-    for (int64_t block = 0; block < blocks; ++block)
-        for (int64_t half = 0; half < 2; ++half) {
-            const float* part = parts.data() + (2 * block + half) * padded;
-            for (int64_t c = 0; c < columns; ++c) to[half * columns + c] += part[c];
-        }
+    const auto body = [&](int64_t begin, int64_t end, float*, float* d_weight, float* d_bias) {
+        call.kernels.backward(work, begin, end, d_weight, d_bias);
+    };
+    SumInBlocks(call.rows, columns, 0, body, static_cast<float*>(sums.data_ptr()));
     return {d_residual, d_x, sums};
 }
 

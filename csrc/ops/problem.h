@@ -116,12 +116,51 @@ struct NormKernels {
     void (*backward)(const NormRows&, int64_t begin, int64_t end, float* d_weight, float* d_bias);
 };
 
+// Rows of hidden states [batch, length, columns] made of tables, see prompt_embedding.h.
+struct EmbeddingRows {
+    Norm norm;
+    bool normed;
+    RowMasks masks;
+    int64_t length, columns;
+    // The first `prompts` rows of a sequence are those at[j] of its domain's [prompt_tokens, columns]; then
+    // come those of its ids, zeros where an id is not in [start, start + vocabulary).
+    const void *table, *prompt_table, *position_table;  // but for the first, null where there is none
+    const int64_t *ids, *domains, *at;
+    int64_t start, vocabulary, prompts, prompt_tokens;
+    const void* zeros;  // a row of them
+    void* y;            // forward
+    // Backward: the gradients of y, and of the sums of rows.
+    const void* dy;
+    void* d_rows;
+
+    // Row `row` of the sum is row `entry` of the prompt table or of the table, or zero where that is -1.
+    int64_t Entry(int64_t row, bool& prompt) const {
+        const int64_t sample = row / length, j = row % length;
+        prompt = j < prompts;
+        if (prompt) return domains[sample] * prompt_tokens + at[j];
+        const int64_t id = ids[sample * (length - prompts) + j - prompts] - start;
+        return id >= 0 && id < vocabulary ? id : -1;
+    }
+};
+
+struct EmbeddingKernels {
+    void (*forward)(const EmbeddingRows&, int64_t begin, int64_t end, float* scratch);
+    // Adds to d_weight and d_bias where there is a norm; `scratch`: twice the columns, padded.
+    void (*backward)(const EmbeddingRows&, int64_t begin, int64_t end, float* scratch, float* d_weight,
+                     float* d_bias);
+    // out [columns] = the sum of rows[order[i]], i from begin to end, made in fp32; `scratch`: columns,
+    // padded.
+    void (*sum)(const void* rows, const int64_t* order, int64_t begin, int64_t end, int64_t columns,
+                float* scratch, void* out);
+};
+
 // Each level is compiled in a file of its own.
 struct LevelKernels {
     AttentionKernels fp32, bf16;
     CrossEntropyKernels cross_entropy_fp32, cross_entropy_bf16;
     void (*normal_run)(uint64_t key, uint64_t start, int64_t count, float* out);  // see philox.h
     NormKernels norm_fp32, norm_bf16;
+    EmbeddingKernels embedding_fp32, embedding_bf16;
 };
 LevelKernels PlainKernels();
 #if defined(__x86_64__)

@@ -88,4 +88,28 @@ inline RowMasks Masks(const std::optional<Tensor>& keys, int64_t rows, int64_t f
     return masks;
 }
 
+// body(begin, end, scratch, first, second) adds to two sums over rows, [columns] each, padded; they are made
+// in blocks that do not depend on the number of threads, and `sums` [2, columns] gets their totals.
+template <typename F>
+void SumInBlocks(int64_t rows, int64_t columns, int64_t scratch_floats, const F& body, float* sums) {
+    constexpr int64_t kBlockRows = 64, kMostBlocks = 64;
+    const int64_t padded = Padded(columns);
+    const int64_t each = std::max(kBlockRows, (rows + kMostBlocks - 1) / kMostBlocks);
+    const int64_t blocks = (rows + each - 1) / each;
+    std::vector<float> parts(static_cast<std::size_t>(blocks * 2 * padded), 0.0f);
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(static_cast<std::size_t>(scratch_floats));
+        for (int64_t block = begin; block < end; ++block) {
+            float* part = parts.data() + block * 2 * padded;
+            body(block * each, std::min(rows, (block + 1) * each), scratch.data(), part, part + padded);
+        }
+    });
+    std::fill(sums, sums + 2 * columns, 0.0f);
+    for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t half = 0; half < 2; ++half) {
+            const float* part = parts.data() + (2 * block + half) * padded;
+            for (int64_t c = 0; c < columns; ++c) sums[half * columns + c] += part[c];
+        }
+}
+
 }  // namespace elle_mp

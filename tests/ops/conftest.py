@@ -7,7 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from elle_mp.ops import activations, dropout, expanded_attention, library, linear_cross_entropy, native, norms
+from elle_mp.ops import (
+    activations,
+    dropout,
+    expanded_attention,
+    library,
+    linear_cross_entropy,
+    native,
+    norms,
+    prompt_embedding,
+)
 
 USERS = (activations, dropout)
 LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")
@@ -19,7 +28,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "torch":
         for module in USERS:
             monkeypatch.setattr(module, "helpers", lambda name: None)
-        for module in (expanded_attention, linear_cross_entropy, norms):
+        for module in (expanded_attention, linear_cross_entropy, norms, prompt_embedding):
             monkeypatch.setattr(module, "_KERNELS", None)
     elif native.helpers("gelu") is None or expanded_attention._KERNELS is None:
         pytest.skip("the helpers and the ops are not built")
