@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from elle_mp.ops.dropout import DropoutKey, keep_mask, keep_scale, sample_keys, threshold
 from elle_mp.ops.library import compiled_ops, cuda_ops
@@ -299,7 +300,30 @@ def _register() -> Any:
 
     for name, tensors in zip(names, (3, 1), strict=True):
         _register_autograd(name, tensors, getattr(ops, f"{name}_backward"))
+    _register_flops(ops)
     return ops
+
+
+def _register_flops(ops: Any) -> None:
+    """Of shapes, and so for every pair of a query and a key: what is seen is in a tensor."""
+    products = {"": 2, "_backward": 5}  # of a query, a key and their dim, twice each
+
+    def separate(q: Sequence[int], k: Sequence[int], count: int) -> int:
+        batch, queries, heads, dim = q
+        return 2 * count * batch * heads * queries * k[1] * dim
+
+    def packed(qkv: Sequence[int], count: int) -> int:
+        batch, length, groups, slots, dim = qkv
+        return 2 * count * batch * groups * (slots - 2) * length**2 * dim
+
+    for suffix, count in products.items():
+        first = 2 if suffix else 0  # behind the gradients
+        register_flop_formula(getattr(ops, f"expanded_attention{suffix}"))(
+            lambda *shapes, first=first, count=count, **_: separate(shapes[first], shapes[first + 1], count)
+        )
+        register_flop_formula(getattr(ops, f"packed_attention{suffix}"))(
+            lambda *shapes, first=first, count=count, **_: packed(shapes[first], count)
+        )
 
 
 def _register_autograd(name: str, tensors: int, backward_op: Any) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
+from torch.utils.flop_counter import register_flop_formula
 
 from elle_mp.ops.library import compiled_ops, cuda_ops
 
@@ -251,6 +252,13 @@ def _(hidden: Tensor, table: Tensor, bias: Tensor | None, *others: Any) -> tuple
         table.new_empty(table.shape if needs[1] else (0,)),
         table.new_empty(table.shape[:1] if needs[2] else (0,), dtype=hidden.dtype if bias is None else bias.dtype),
     )
+
+
+@register_flop_formula(torch.ops.elle_mp.linear_cross_entropy)  # type: ignore[untyped-decorator]
+def _flops(hidden: Sequence[int], table: Sequence[int], *others: Any, **_: Any) -> int:
+    """Of shapes: the logits, and the gradients that were asked for."""
+    valid, needs = others[3], others[-1]
+    return 2 * hidden[0] * hidden[1] * int(valid) * (1 + needs[0] + needs[1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

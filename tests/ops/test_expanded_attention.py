@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from elle_mp.ops import library
 from elle_mp.ops.dropout import DropoutKey, keep_mask, sample_keys, threshold
@@ -332,3 +333,14 @@ def test_the_library_serves_every_python() -> None:
     content = library.LIBRARY.read_bytes()
     # Names of functions of Python's C interface, as PyObject_Call.
     assert not re.search(rb"\0_?Py[A-Za-z]*_[A-Za-z]", content) and b"libpython" not in content
+
+
+@needs_kernels
+def test_torch_counts_its_operations() -> None:
+    q, k, v = (torch.randn(2, 9, heads, 8, requires_grad=True) for heads in (6, 3, 3))
+    with FlopCounterMode(display=False) as counter:
+        expanded_attention(q, k, v, causal=True)[0].sum().backward()
+        packed_attention_kernel(
+            torch.randn(2, 9, 3, 4, 8, requires_grad=True), True, 0.0, torch.zeros(2, dtype=torch.int64), 0
+        ).sum().backward()
+    assert counter.get_total_flops() == 2 * (4 + 10) * 2 * 6 * 9 * 9 * 8
