@@ -31,7 +31,7 @@ from elle_mp.ops.expand import Index, Noise, expand
 from elle_mp.ops.expanded_attention import expanded_attention
 from elle_mp.ops.library import what_is_wrong, what_is_wrong_with_cuda
 from elle_mp.ops.linear_cross_entropy import linear_cross_entropy
-from elle_mp.ops.norms import layer_norm, rms_norm
+from elle_mp.ops.norms import layer_norm, rms_norm, weighted_layer_norm, weighted_layer_norm_reference
 
 Run = Callable[[], object]
 
@@ -271,6 +271,17 @@ def rows(bench: Bench, top: Ceilings) -> Iterator[Line]:
             "F.rms_norm": both(lambda: F.rms_norm(x, (width,), short[0], 1e-5), x, short[0]),
         },
         of_copy(top, 2.5 * count),
+    )
+    residual = torch.randn_like(x, requires_grad=True)
+    fused, parts = (
+        both(lambda op=op: op(x, residual, weight, bias, 1e-5, stat, p=0.1, key=key)[0], x, residual, weight, bias)
+        for op in (weighted_layer_norm, weighted_layer_norm_reference)
+    )
+    yield from sides(
+        bench,
+        f"dropout, residual sum and layer norm {name}, forward + backward",
+        {"weighted_layer_norm": fused, "one after the other": parts},
+        of_copy(top, 4 * count),
     )
     dropped: dict[str, Run] = {"dropout": lambda: dropout(x, 0.1, key), "F.dropout": lambda: F.dropout(x, 0.1)}
     yield from sides(bench, f"dropout {name}, forward", {**dropped, "copy_": copy}, of_copy(top, count))
