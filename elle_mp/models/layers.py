@@ -15,7 +15,8 @@ from elle_mp.ops.activations import gelu
 from elle_mp.ops.apex import load_apex
 from elle_mp.ops.attention import attention, packed_attention
 from elle_mp.ops.dropout import DropoutKey, dropout
-from elle_mp.ops.norms import layer_norm, rms_norm
+from elle_mp.ops.norms import layer_norm, residual_rms_norm, rms_norm, weighted_layer_norm
+from elle_mp.ops.prompt_embedding import Gain
 from elle_mp.parallel.collectives import (
     copy_to_tp,
     gather_linear,
@@ -90,6 +91,25 @@ class Norm(ShardedModule):
         if self.rms:
             return rms_norm(x, self.local("weight"), self.eps, self.apex)
         return layer_norm(x, self.local("weight"), self.local("bias"), self.eps, shared.norm_stats, self.apex)
+
+    def gain(self, shared: Pass) -> Gain:
+        """What an op that has a LayerNorm in it wants to know of this one."""
+        return self.local("weight"), self.local("bias"), self.eps, shared.norm_stats
+
+    def of_sum(self, x: Tensor, residual: Tensor, shared: Pass, p: float, number: int) -> tuple[Tensor, Tensor]:
+        """The norm of ``h = residual + dropout(x)``, and ``h``; all ``[B, R, D]``.
+
+        Args:
+            p, number: of the dropout, as of :meth:`Pass.drop`.
+        """
+        if self.apex is not None:
+            h = residual + shared.drop(x, p, number)
+            return self(h, shared), h
+        options: dict[str, Any] = {"p": p, "key": shared.site(number), "first_row": shared.positions.rows}
+        weight = self.local("weight")
+        if self.rms:
+            return residual_rms_norm(x, residual, weight, self.eps, **options)
+        return weighted_layer_norm(x, residual, weight, self.local("bias"), self.eps, shared.norm_stats, **options)
 
 
 class SubLayer(ShardedModule):

@@ -16,6 +16,7 @@ from elle_mp.ops.activations import gelu
 from elle_mp.ops.dropout import DropoutKey
 from elle_mp.ops.embedding import lookup
 from elle_mp.ops.linear_cross_entropy import linear_cross_entropy
+from elle_mp.ops.prompt_embedding import prompt_embedding
 from elle_mp.parallel.collectives import (
     copy_to_tp,
     gather_sequence_whole,
@@ -57,18 +58,27 @@ class Block(ShardedModule):
         return self._kept("full", self._layer, x, shared)
 
     def _layer(self, x: Tensor, shared: Pass) -> Tensor:
-        y = self._kept("selective", self._with_mlp, self._with_attention(x, shared), shared)
+        if self.spec.pre_norm and self.grid.parallel.recompute != "selective":
+            branch = self.attention(self.attention_norm(x, shared), shared)
+            normal, h = self._norm_of_sum(self.mlp_norm, branch, x, shared, 1)
+            y = h + self._drop(self.mlp(normal, shared), shared, 2)
+        else:
+            # What is recomputed keeps one tensor, so it begins at the sum.
+            y = self._kept("selective", self._with_mlp, self._with_attention(x, shared), shared)
         return x + self.local("gate") * (y - x) if self.gated else y
 
     def _with_attention(self, x: Tensor, shared: Pass) -> Tensor:
         if self.spec.pre_norm:
             return x + self._drop(self.attention(self.attention_norm(x, shared), shared), shared, 1)
-        return self.attention_norm(x + self._drop(self.attention(x, shared), shared, 1), shared)
+        return self._norm_of_sum(self.attention_norm, self.attention(x, shared), x, shared, 1)[0]
 
     def _with_mlp(self, x: Tensor, shared: Pass) -> Tensor:
         if self.spec.pre_norm:
             return x + self._drop(self.mlp(self.mlp_norm(x, shared), shared), shared, 2)
-        return self.mlp_norm(x + self._drop(self.mlp(x, shared), shared, 2), shared)
+        return self._norm_of_sum(self.mlp_norm, self.mlp(x, shared), x, shared, 2)[0]
+
+    def _norm_of_sum(self, norm: Norm, x: Tensor, residual: Tensor, shared: Pass, site: int) -> tuple[Tensor, Tensor]:
+        return norm.of_sum(x, residual, shared, self.spec.dropout, self.site + site)
 
     def _kept(self, level: str, part: Callable[[Tensor, Pass], Tensor], x: Tensor, shared: Pass) -> Tensor:
         """``part(x, shared)``; of its activations only ``x`` is kept when ``parallel.recompute`` is ``level``.
@@ -220,6 +230,8 @@ class Transformer(ShardedModule):
         return Pass(mine, self.norm_stats, rotary, key if dropping else None)
 
     def _embed(self, tokens: Tensor, domain: Tensor, shared: Pass) -> Tensor:
+        if self.tp_group is None and not self.grid.parallel.apex:
+            return self._embed_at_once(tokens, domain, shared)
         x = self._vectors(tokens, domain, shared.positions)
         if not self.spec.rotary:
             table = self.local("position_table")[: shared.positions.length]
@@ -227,6 +239,21 @@ class Transformer(ShardedModule):
         if not self.spec.pre_norm:
             x = self.embedding_norm(x, shared)
         return shared.drop(x, self.spec.dropout, 0)
+
+    def _embed_at_once(self, tokens: Tensor, domain: Tensor, shared: Pass) -> Tensor:
+        """:meth:`_embed` where this rank has the whole table."""
+        spec, runs = self.spec, shared.positions.residual
+        return prompt_embedding(
+            self.local("token_table"),
+            select(tokens, behind(runs, spec.prompt_tokens)),
+            runs,
+            position_table=None if spec.rotary else self.local("position_table"),
+            prompt_table=self.local("prompt_table") if spec.prompt_tokens else None,
+            domains=domain,
+            norm=None if spec.pre_norm else self.embedding_norm.gain(shared),
+            p=spec.dropout,
+            key=shared.site(0),
+        )
 
     def _vectors(self, tokens: Tensor, domain: Tensor, positions: Positions) -> Tensor:
         """The rows of the prompts and the tokens that stand at this rank's positions, ``[B, R, D]``."""
