@@ -38,7 +38,12 @@ def embedding_bytes(setting: Setting) -> int:
     """Kept of the embeddings of one micro-batch: the ids, and what a norm behind them keeps."""
     spec = setting.spec
     ids = setting.micro * spec.text_length * (ID + (1 if setting.tp > 1 else 0))
-    return ids + (0 if spec.pre_norm else _norm(setting, setting.positions_between))
+    if spec.pre_norm:
+        return ids
+    if setting.tp == 1 and _compiled(setting):
+        # elle_mp.ops.prompt_embedding makes the norm's input again from the tables.
+        return ids + 2 * setting.positions_between * setting.statistics
+    return ids + _norm(setting, setting.positions_between)
 
 
 def head_bytes(setting: Setting) -> int:
@@ -111,7 +116,7 @@ def _attention(setting: Setting) -> int:
 
 
 def _compiled(setting: Setting) -> bool:
-    """Whether attention is :mod:`elle_mp.ops.expanded_attention`, as :mod:`elle_mp.ops.attention` chooses."""
+    """Whether the kernels for the CPU fit, and attention is :mod:`elle_mp.ops.expanded_attention`."""
     return setting.device == "cpu" and setting.compute < 8
 
 
