@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from elle_mp import __version__
-from elle_mp.cli import checkpoint, data
+from elle_mp.cli import checkpoint, data, profile
 from elle_mp.cli.doctor import doctor
 from elle_mp.cli.evaluate import evaluate
 from elle_mp.cli.grow import grow
@@ -53,6 +53,7 @@ app.command()(grow)
 app.command()(evaluate)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(data.app, name="data")
+app.add_typer(profile.app, name="profile")
 app.command()(doctor)
 
 

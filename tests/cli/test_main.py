@@ -45,6 +45,8 @@ def exit_code(arguments: list[str]) -> int | str | None:
         (["data", "--help"], "build"),
         (["data", "build", "--help"], "--input"),
         (["doctor", "--help"], "--json"),
+        (["profile", "--help"], "kernels"),
+        (["profile", "kernels", "--help"], "--quick"),
     ],
 )
 def test_help_answers_without_torch(arguments: list[str], expected: str) -> None:
