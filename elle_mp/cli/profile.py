@@ -35,6 +35,25 @@ def kernels(
 
 
 @app.command()
+def step(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The configuration of a run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="As of pretrain.")] = None,
+    stage: Annotated[int, typer.Option("--stage", help="The stage whose model and layout are taken.")] = 0,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps without the profiler, and with it.")] = 5,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", metavar="FILE", help="A Chrome trace of rank 0, such as trace.json.gz.")
+    ] = None,
+    json_file: Json = None,
+    html_file: Html = None,
+) -> None:
+    """A training step broken into its parts, its MFU, and how much of the collectives is hidden."""
+    quieten()
+    from elle_mp.profiling.step import profile_step
+
+    profile_step(config, overrides or [], stage, steps, trace, json_file, html_file)
+
+
+@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A.json", help="Results of 'profile kernels' or 'profile step'.")],
     second: Annotated[Path, typer.Argument(metavar="B.json", help="Others of the same kind.")],

@@ -47,6 +47,7 @@ def exit_code(arguments: list[str]) -> int | str | None:
         (["doctor", "--help"], "--json"),
         (["profile", "--help"], "kernels"),
         (["profile", "kernels", "--help"], "--quick"),
+        (["profile", "step", "--help"], "CONFIG"),
     ],
 )
 def test_help_answers_without_torch(arguments: list[str], expected: str) -> None:
