@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ def test_sides_take_turns_and_the_first_round_does_not_count() -> None:
     times = time_in_turns(runs, False, 0.0, CPU)
     assert calls == ["a", "b", "b", "a"] * 2
     assert times.keys() == {"a", "b"}
+    first = [0.2]
+    slow_at_first = time_in_turns({"a": lambda _: (time.sleep(first.pop() if first else 0.0), ())[1]}, False, 0.0, CPU)
+    assert slow_at_first["a"].high < 0.05  # three values: a first one would be half of the upper quartile
     assert spread([4.0, 1.0, 2.0, 3.0, 5.0]) == type(spread([1.0, 2.0]))(3.0, 2.0, 4.0)
 
 
