@@ -125,3 +125,28 @@ def byte_progress(console: Console, label: str, total: int) -> Iterator[Callable
             console.print(f"{label}: {done / 1e9:.2f} of {total / 1e9:.2f} GB", markup=False)
 
     yield advance
+
+
+@contextmanager
+def count_progress(console: Console, label: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Shows which of ``total`` things is being done: a bar in a terminal, a line every few seconds in a log.
+
+    Yields:
+        A function to call with the name of each thing before it is done.
+    """
+    if console.file.isatty() and not console.is_dumb_terminal:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn())
+        with RichProgress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(label, total=total, completed=-1)
+            yield lambda name: bar.update(task, advance=1, description=f"{label} {name}")
+        return
+    begun, said = 0, time.monotonic()
+
+    def begin(name: str) -> None:
+        nonlocal begun, said
+        begun += 1
+        if time.monotonic() - said >= LOG_SECONDS:
+            said = time.monotonic()
+            console.print(f"{label} {begun} of {total}: {name}", markup=False)
+
+    yield begin

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from elle_mp.errors import UserError
+from elle_mp.observe.progress import count_progress
 from elle_mp.observe.tables import make_console
 from elle_mp.profiling.entry import Case, Entry
 from elle_mp.profiling.machine import Ceilings, describe_machine, measure_ceilings
@@ -52,10 +53,11 @@ def profile_kernels(
         "memory": "torch's allocator" if device.type == "cuda" else "allocations that torch's profiler reports",
         "rows": [],
     }
-    for entry in entries:
-        for shape in entry.shapes:
-            for dtype in entry.dtypes:
-                results["rows"] += measure(entry, shape, dtype, ceilings, device, SECONDS[quick])
+    cases = [(entry, shape, dtype) for entry in entries for shape in entry.shapes for dtype in entry.dtypes]
+    with count_progress(console, "measuring", len(cases)) as begin:
+        for entry, shape, dtype in cases:
+            begin(f"{entry.name} {'x'.join(map(str, shape))} {dtype}")
+            results["rows"] += measure(entry, shape, dtype, ceilings, device, SECONDS[quick])
     for line in machine_lines(results["machine"], results["ceilings"]):
         console.print(line, markup=False)
     console.print(kernels_table(results))

@@ -82,7 +82,12 @@ def _write(results: dict[str, Any], watched: Any, trace: Path | None, json: Path
     if trace is not None:
         with file_errors("write", trace):
             trace.parent.mkdir(parents=True, exist_ok=True)
-            watched.export_chrome_trace(str(trace))
+            beside = trace.with_name(f".tmp-{trace.name}")  # torch goes by the ending
+            try:
+                watched.export_chrome_trace(str(beside))
+                beside.replace(trace)
+            finally:
+                beside.unlink(missing_ok=True)
 
 
 def _checked(path: Path, overrides: Sequence[str], stage: int) -> Config:
