@@ -28,9 +28,9 @@ KERNEL_TYPES = {
 """Types of logits that the kernels of each kind of device take."""
 IGNORED = -100
 """PyTorch's target that does not count."""
-CHUNK_BYTES = 64 << 20
-"""Logits of one chunk on a CPU. Every chunk adds to the gradient of the whole table: with fewer rows to a chunk the
-memory would be what takes the time."""
+CHUNK_BYTES = 16 << 20
+"""Logits of one chunk on a CPU: what stays in a cache. Twice that for a table whose gradient does not stay there, since
+every chunk adds to the whole of it, and with fewer rows to a chunk that would be what takes the time."""
 GPU_CHUNK_BYTES = 512 << 20
 TABLE_BLOCK = 4096
 """Rows of the table whose gradient is made at a time where it is summed in another type than it is computed in."""
@@ -110,8 +110,16 @@ def linear_cross_entropy_reference(
     return losses + z_loss * (logits.logsumexp(1).square() * kept).sum()
 
 
-def chunk_rows(rows: int, vocabulary: int, itemsize: int, limit: int = CHUNK_BYTES) -> int:
-    """Rows to a chunk, all chunks about equal: their logits take at most ``limit`` bytes, or are of 64 rows."""
+def chunk_rows(rows: int, table: tuple[int, int], itemsize: int, limit: int | None = None) -> int:
+    """Rows to a chunk, all chunks about equal: their logits take at most ``limit`` bytes, or are of 64 rows.
+
+    Args:
+        table: ``(V_local, D)``.
+        limit: what is best on a CPU when not given.
+    """
+    vocabulary, size = table
+    if limit is None:
+        limit = CHUNK_BYTES * (2 if vocabulary * size * 4 > 2 * CHUNK_BYTES else 1)
     most = max(64, limit // max(1, vocabulary * itemsize))
     chunks = -(-rows // most)
     return -(-rows // max(1, chunks))
@@ -212,8 +220,8 @@ def loss_and_gradients(
     """The loss, and the gradients of hidden, table and bias for an upstream gradient of 1; empty where not needed."""
     ranks = None if group is None else _resolve_process_group(group)  # type: ignore[arg-type]
     loss = _Loss(start, size, ignored, smoothing, z_loss, ranks)
-    limit = GPU_CHUNK_BYTES if hidden.is_cuda else CHUNK_BYTES
-    count = chunk_rows(hidden.shape[0], valid, hidden.element_size(), limit)
+    limit = GPU_CHUNK_BYTES if hidden.is_cuda else None
+    count = chunk_rows(hidden.shape[0], (valid, hidden.shape[1]), hidden.element_size(), limit)
     chunks = list(_chunks(hidden.shape[0], count))
     rows = table[:valid]
     d_hidden = torch.empty(hidden.shape if needs[0] else (0,), dtype=hidden.dtype, device=hidden.device)

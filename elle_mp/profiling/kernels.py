@@ -17,7 +17,7 @@ from elle_mp.profiling.measure import DifferenceError, Times, check_same, peak_m
 from elle_mp.profiling.page import kernels_page
 from elle_mp.profiling.registry import chosen
 from elle_mp.profiling.results import KERNELS, write_results
-from elle_mp.profiling.tables import kernels_table, machine_lines
+from elle_mp.profiling.tables import difference_lines, kernels_table, machine_lines
 
 OURS = "ours"
 SECONDS = {True: 0.1, False: 1.0}
@@ -61,6 +61,8 @@ def profile_kernels(
     for line in machine_lines(results["machine"], results["ceilings"]):
         console.print(line, markup=False)
     console.print(kernels_table(results))
+    for line in difference_lines(results):
+        console.print(line, markup=False)
     write_results(results, json_file, html_file, kernels_page)
 
 
@@ -77,8 +79,9 @@ def measure(
     try:
         case = entry.make(shape, getattr(torch, dtype), device)
         for backward in (False, True) if entry.backward else (False,):
-            check_same(case, backward, getattr(torch, dtype))
-            rows += measure_pass(case, backward, ceilings, dtype, device, seconds)
+            far = check_same(case, backward, getattr(torch, dtype))
+            found = measure_pass(case, backward, ceilings, dtype, device, seconds)
+            rows += [row | {"difference": far.get(row["side"])} for row in found]
     except DifferenceError as error:
         raise UserError(f"{name}: not measured, since {error}") from None
     except (ValueError, RuntimeError) as error:

@@ -28,27 +28,35 @@ class Times:
     high: float
 
 
+REFERENCE = "reference"
+LOOSER = 10.0
+"""How many times the tolerance other peers than the reference may be away: some sum bf16 gradients over rows in bf16.
+What is beyond the tolerance is told beside the times."""
+
+
 class DifferenceError(Exception):
     """Two sides do not compute the same thing."""
 
 
-def check_same(case: Case, backward: bool, dtype: torch.dtype) -> None:
+def check_same(case: Case, backward: bool, dtype: torch.dtype) -> dict[str, float]:
     """Compares every peer's results with ours, within what ``dtype`` of the inputs allows.
+
+    Returns:
+        Of every peer the largest difference, relative to the largest entry of the result that it is in.
 
     Raises:
         DifferenceError: they differ in number, shape or value.
     """
-    ours = case.ours(backward)
+    ours, found = case.ours(backward), {}
     for name, run in case.peers.items():
         theirs = run(backward)
         if len(ours) != len(theirs):
             raise DifferenceError(f"{name} gives {len(theirs)} results, ours {len(ours)}")
-        for mine, other in zip(ours, theirs, strict=True):
-            far = difference(mine, other)
-            if not far <= TOLERANCE[dtype]:
-                raise DifferenceError(
-                    f"{name} differs by {far:.2g} of the largest entry, allowed are {TOLERANCE[dtype]:g}"
-                )
+        allowed = TOLERANCE[dtype] * (1.0 if name == REFERENCE else LOOSER)
+        found[name] = max((difference(*pair) for pair in zip(ours, theirs, strict=True)), default=0.0)
+        if not found[name] <= allowed:
+            raise DifferenceError(f"{name} differs by {found[name]:.2g} of the largest entry, allowed are {allowed:g}")
+    return found
 
 
 def difference(mine: Tensor, other: Tensor) -> float:
@@ -56,7 +64,8 @@ def difference(mine: Tensor, other: Tensor) -> float:
     if mine.shape != other.shape:
         return float("inf")
     wide = other.detach().double()
-    return float((mine.detach().double() - wide).abs().max() / wide.abs().max().clamp_min(1e-30))
+    far = float((mine.detach().double() - wide).abs().max() / wide.abs().max().clamp_min(1e-30))
+    return far if far == far else float("inf")
 
 
 def time_in_turns(runs: Mapping[str, Run], backward: bool, seconds: float, device: torch.device) -> dict[str, Times]:

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from elle_mp.profiling.roofline import roofline
-from elle_mp.profiling.tables import NUMBERS, kernel_cells, machine_lines
+from elle_mp.profiling.tables import NUMBERS, difference_lines, kernel_cells, machine_lines
 
 STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #1b1f24 }
@@ -27,6 +27,7 @@ def kernels_page(results: Mapping[str, Any]) -> str:
         roofline(results),
         f"<p>Ratio: the peer's time in ours. Peak MB: {escape(results['memory'])}; beyond the inputs.</p>",
         _table(("op", "shape", "dtype", "pass", "side"), NUMBERS, rows),
+        *(f"<p>{escape(line)}</p>" for line in difference_lines(results)),
     ]
     return _page("Ops against their peers", results, body)
 

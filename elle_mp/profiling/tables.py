@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-NUMBERS = ("ms", "quartiles", "ratio", "GB/s", "TFLOP/s", "of ceiling", "peak MB")
+from elle_mp.profiling.measure import TOLERANCE
+
+NUMBERS = ("ms", "spread", "ratio", "GB/s", "TFLOP/s", "of ceiling", "peak MB")
 SHORT = {"forward": "fwd", "forward+backward": "fwd+bwd"}
 
 
@@ -28,16 +31,21 @@ def machine_lines(machine: Mapping[str, Any], ceilings: Mapping[str, Any]) -> li
 
 
 def kernel_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The numbers of a row, as of :data:`NUMBERS`."""
+    """The numbers of a row, as of :data:`NUMBERS`; the spread is that of the quartiles, in the median."""
     return (
-        f"{row['seconds'] * 1e3:.3g}",
-        f"{row['low'] * 1e3:.3g} to {row['high'] * 1e3:.3g}",
+        _three(row["seconds"] * 1e3),
+        f"{(row['high'] - row['low']) / row['seconds']:.0%}",
         "" if row["side"] == "ours" else f"{row['ratio']:.2f}",
-        f"{row['bytes_per_second'] / 1e9:.3g}",
-        f"{row['flops'] / 1e12:.3g}" if row["flops"] else "",
+        _three(row["bytes_per_second"] / 1e9),
+        _three(row["flops"] / 1e12) if row["flops"] else "",
         f"{row['of_ceiling']:.0%}",
-        f"{row['peak_bytes'] / 1e6:.3g}",
+        _three(row["peak_bytes"] / 1e6),
     )
+
+
+def _three(value: float) -> str:
+    """Three digits; more where a whole number has more."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def kernels_table(results: Mapping[str, Any]) -> Table:
@@ -55,6 +63,16 @@ def kernels_table(results: Mapping[str, Any]) -> Table:
         table.add_row(*shown, Text(row["side"], "bold" if row["side"] == "ours" else ""), *kernel_cells(row))
         last = place
     return table
+
+
+def difference_lines(results: Mapping[str, Any]) -> list[str]:
+    """The peers whose results are further from ours than the reference may be."""
+    return [
+        f"{row['side']} differs from ours by {row['difference']:.1%} of the largest entry: {row['op']} {row['shape']} "
+        f"{row['dtype']} {row['pass']}"
+        for row in results["rows"]
+        if row["difference"] is not None and row["difference"] > TOLERANCE[getattr(torch, row["dtype"])]
+    ]
 
 
 def step_table(results: Mapping[str, Any]) -> Table:

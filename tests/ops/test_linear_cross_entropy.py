@@ -242,10 +242,12 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_chunks_are_about_equal() -> None:
-    assert chunk_rows(2048, 32768, 2, 64 << 20) == 1024
-    assert chunk_rows(2100, 32768, 2, 64 << 20) == 700
-    assert chunk_rows(10, 32768, 2, 1) == 10
-    assert chunk_rows(0, 32768, 2) == 0
+    assert chunk_rows(2048, (32768, 768), 2) == 512
+    assert chunk_rows(2100, (32768, 768), 2) == 420
+    assert chunk_rows(2048, (32768, 16), 2) == 256
+    assert chunk_rows(2048, (32768, 16), 2, 64 << 20) == 1024
+    assert chunk_rows(10, (32768, 16), 2, 1) == 10
+    assert chunk_rows(0, (32768, 16), 2) == 0
 
 
 def on_a_rank(dtype: torch.dtype, vocab: int, vocab_size: int) -> list[Tensor]:

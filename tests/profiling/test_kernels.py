@@ -15,7 +15,7 @@ import torch
 from elle_mp.cli import main as program
 from elle_mp.errors import UserError
 from elle_mp.profiling.compare import compare
-from elle_mp.profiling.entry import Case
+from elle_mp.profiling.entry import Case, Entry
 from elle_mp.profiling.kernels import measure
 from elle_mp.profiling.machine import Ceilings
 from elle_mp.profiling.measure import peak_memory, spread, time_in_turns
@@ -23,6 +23,7 @@ from elle_mp.profiling.page import kernels_page
 from elle_mp.profiling.registry import ENTRIES, chosen
 from elle_mp.profiling.results import KERNELS, STEP
 from elle_mp.profiling.roofline import Axes
+from elle_mp.profiling.tables import difference_lines
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e10, {"float32": 1e11, "bfloat16": 2e11})
@@ -44,15 +45,33 @@ def test_every_entry_agrees_with_its_peers_and_is_measured(entry: Any) -> None:
         assert len(rows) > len({row["pass"] for row in rows})  # somebody to compare with
 
 
-def test_sides_that_differ_are_not_timed() -> None:
+def unlike(name: str, factor: float) -> Entry:
+    """An op with a peer whose results are ours times a factor."""
     entry = next(entry for entry in ENTRIES if entry.name == "rms_norm")
 
-    def wrong(*place: Any) -> Case:
+    def make(*place: Any) -> Case:
         case = entry.make(*place)
-        return replace(case, peers={"wrong": lambda backward: tuple(1.01 * x for x in case.ours(backward))})
+        return replace(case, peers={name: lambda backward: tuple(factor * x for x in case.ours(backward))})
 
-    with pytest.raises(UserError, match=r"wrong differs by 0\.0099"):
-        measure(replace(entry, make=wrong), (1, 4, 8), "float32", CEILINGS, CPU, 0.0)
+    return replace(entry, make=make)
+
+
+def test_sides_that_differ_are_not_timed() -> None:
+    place = (1, 4, 8), "float32", CEILINGS, CPU, 0.0
+    with pytest.raises(UserError, match=r"wrong differs by 0\.09"):
+        measure(unlike("wrong", 1.1), *place)
+    with pytest.raises(UserError, match=r"reference differs by 0\.005"):
+        measure(unlike("reference", 1.005), *place)
+    with pytest.raises(UserError, match="differs by inf"):
+        measure(unlike("wrong", float("nan")), *place)
+
+
+def test_a_peer_that_rounds_more_is_timed_and_told() -> None:
+    rows = measure(unlike("loose", 1.005), (1, 4, 8), "float32", CEILINGS, CPU, 0.0)
+    assert [row["difference"] for row in rows if row["side"] == "loose"] == pytest.approx([0.005 / 1.005] * 2, rel=1e-3)
+    lines = difference_lines({"rows": rows})
+    assert lines[0] == "loose differs from ours by 0.5% of the largest entry: rms_norm 1x4x8 float32 forward"
+    assert len(lines) == 2
 
 
 def test_sides_take_turns_and_the_first_round_does_not_count() -> None:

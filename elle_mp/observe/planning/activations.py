@@ -63,7 +63,7 @@ def head_working_bytes(setting: Setting) -> int:
     gradient in fp32."""
     table = setting.spec.padded_vocab // setting.tp
     row = table * setting.compute
-    rows = chunk_rows(setting.predicted, table, setting.compute)
+    rows = chunk_rows(setting.predicted, (table, setting.spec.embed), setting.compute)
     summed = table * setting.spec.embed * setting.statistics if rows < setting.predicted else 0
     return summed + rows * row
 
