@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from step import busy_seconds, environment, gemm_rate, share_of_others, write_whole
+from step import busy_seconds, environment, share_of_others, write_whole
 from torch import Tensor
 
 from elle_mp.ops.expanded_attention import expanded_attention, expanded_attention_reference
@@ -28,6 +28,7 @@ from elle_mp.ops.library import instructions
 MEAN_DOCUMENT = 128
 PROMPT = 16
 BACKWARD = 2.5
+GEMM_SIDE = 2048
 
 
 class Case:
@@ -92,6 +93,17 @@ def pairs(case: Case, backward: bool, repeats: int, clock: Callable[[], float]) 
             if number:  # the first pair warms up
                 seconds[name].append(taken)
     return seconds["ours"], seconds["theirs"]
+
+
+def gemm_rate(dtype: torch.dtype, repeats: int, clock: Callable[[], float]) -> float:
+    """Operations per second of PyTorch's square product by the clock that the op is measured by."""
+    a, b = (torch.randn(GEMM_SIDE, GEMM_SIDE).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(repeats + 1):
+        began = clock()
+        torch.mm(a, b)
+        best = min(best, clock() - began)
+    return 2.0 * GEMM_SIDE**3 / best
 
 
 def row(case: Case, backward: bool, repeats: int, gemm: float, clock: Callable[[], float]) -> str:

@@ -40,13 +40,13 @@ from elle_mp.models.transformer import IGNORED
 from elle_mp.parallel.mesh import make_grid, start_distributed
 from elle_mp.parallel.sharding import initialise
 from elle_mp.train.optimizer import ShardedAdamW
+from elle_mp.train.speed import gemm_rate
 from elle_mp.train.trainer import Trainer
 
 MASKED_SHARE = 0.15
 MASK_ID = 4
 LEARNING_RATE = 1e-4
 WARM_STEPS = 2
-GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
 
 Step = Callable[[Batch], float]
 
@@ -86,21 +86,6 @@ class Row:
     """Ours."""
     our_loss: float
     their_loss: float
-
-
-def gemm_rate(dtype: torch.dtype, repeats: int, clock: Callable[[], float], device: str = "cpu") -> float:
-    """Operations per second of PyTorch's square product."""
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    side = GEMM_SIDE[device]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(repeats + 1):
-        wait()
-        began = clock()
-        torch.mm(a, b)
-        wait()
-        best = min(best, clock() - began)
-    return 2.0 * side**3 / best
 
 
 def make_batches(family: str, sizes: Sizes, count: int) -> list[Batch]:
@@ -342,7 +327,7 @@ def main() -> None:
         f"L{sizes.layers} D{sizes.embed} H{sizes.heads} S{sizes.length} B{sizes.batch} V{sizes.vocab}, "
         f"bf16 with fp32 masters"
     )
-    gemm = gemm_rate(torch.bfloat16, 5, time.perf_counter, device.type)
+    gemm = gemm_rate(device, torch.bfloat16)
     where["GEMM bfloat16"] = f"{gemm / 1e9:.0f} GFLOP/s"
     print(shapes, where, sep="\n", flush=True)
     rows = []

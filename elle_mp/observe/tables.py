@@ -24,7 +24,7 @@ def stages_table(results: Mapping[str, Any]) -> Table:
     """One row a stage: its sizes, the perplexity of each seen domain, AP and AP+ (``results.json``)."""
     stages = results["stages"]
     domains = list(dict.fromkeys(stage["domain"] for stage in stages))
-    table = _table("Perplexity of every seen domain after each stage", ["stage"])
+    table = plain_table("Perplexity of every seen domain after each stage", ["stage"])
     for name in ("layers", "heads", "width", "params", "tokens", *domains, "AP", "AP+"):
         table.add_column(Text(name), justify="right", no_wrap=True, min_width=5 if name in domains else None)
     for stage in stages:
@@ -49,10 +49,10 @@ def stages_table(results: Mapping[str, Any]) -> Table:
 def growth_table(results: Mapping[str, Any]) -> RenderableType:
     """What each growth changed: a row of sizes and differences, then perplexities before, after, and recovered."""
     growths = [(stage["domain"], stage["growth"]) for stage in results["stages"] if stage["growth"]]
-    changes = _table("Growth: is it the same function?", ["for", "layers", "heads", "width", "strategy", "exact"])
+    changes = plain_table("Growth: is it the same function?", ["for", "layers", "heads", "width", "strategy", "exact"])
     for name in ("logit diff", "relative", "seconds", "sent"):
         changes.add_column(name, justify="right", no_wrap=True)
-    effects = _table("Perplexity around growth", ["for", "domain"])
+    effects = plain_table("Perplexity around growth", ["for", "domain"])
     for name in ("before", "after", "recovered"):
         effects.add_column(name, justify="right", no_wrap=True)
     for domain, growth in growths:
@@ -87,7 +87,7 @@ def plan_table(record: Mapping[str, Any], layout: Mapping[str, int], received: i
         layout: sizes of the mesh axes that the bytes are for.
         received: bytes that each rank would receive.
     """
-    table = _table("Growth: the plan", ["what"])
+    table = plain_table("Growth: the plan", ["what"])
     for name in ("from", "to", "factor"):
         table.add_column(name, justify="right", no_wrap=True)
     names = {
@@ -115,7 +115,7 @@ def plan_table(record: Mapping[str, Any], layout: Mapping[str, int], received: i
 
 def evaluation_table(scores: Mapping[str, Any]) -> Table:
     """Perplexities of one checkpoint, AP and AP+ (``evaluate``)."""
-    table = _table("Perplexity", ["domain"])
+    table = plain_table("Perplexity", ["domain"])
     table.add_column("perplexity", justify="right", no_wrap=True)
     for domain, value in scores["ppl"].items():
         table.add_row(Text(domain), f"{value:.3f}")
@@ -126,7 +126,8 @@ def evaluation_table(scores: Mapping[str, Any]) -> Table:
     return table
 
 
-def _table(title: str, columns: Iterable[str]) -> Table:
+def plain_table(title: str, columns: Iterable[str]) -> Table:
+    """A table of the program's own style; ``columns`` are on the left."""
     table = Table(
         title=f"\n{title}",
         title_justify="left",

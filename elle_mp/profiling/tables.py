@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from elle_mp.observe.tables import plain_table
 from elle_mp.profiling.measure import TOLERANCE
 
 NUMBERS = ("ms", "spread", "ratio", "GB/s", "TFLOP/s", "of ceiling", "peak MB")
@@ -50,7 +50,9 @@ def _three(value: float) -> str:
 
 def kernels_table(results: Mapping[str, Any]) -> Table:
     """One row a side; ``ratio`` is its time in ours, above 1 where ours is faster."""
-    table = _table("Ops against their peers (ratio: the peer's time in ours)", ["op", "shape", "dtype", "pass", "side"])
+    table = plain_table(
+        "Ops against their peers (ratio: the peer's time in ours)", ["op", "shape", "dtype", "pass", "side"]
+    )
     for name in NUMBERS:
         table.add_column(name, justify="right", no_wrap=True)
     last: tuple[str, ...] = ()
@@ -77,7 +79,7 @@ def difference_lines(results: Mapping[str, Any]) -> list[str]:
 
 def step_table(results: Mapping[str, Any]) -> Table:
     """One row a part of the step: forward, backward and share."""
-    table = _table("One training step", ["part", "pass"])
+    table = plain_table("One training step", ["part", "pass"])
     for name in ("ms", "share"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in results["rows"]:
@@ -87,24 +89,10 @@ def step_table(results: Mapping[str, Any]) -> Table:
 
 def comparison_table(keys: Sequence[str], pairs: Mapping[tuple[str, ...], tuple[float, float]]) -> Table:
     """One row for each thing that both files have; a ratio above 1: the second file is faster."""
-    table = _table("The first file's time in the second's (above 1: the second is faster)", keys)
+    table = plain_table("The first file's time in the second's (above 1: the second is faster)", keys)
     for name in ("first ms", "second ms", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     for key, (before, after) in pairs.items():
         ratio = f"{before / after:.3f}" if after else "-"
         table.add_row(*map(Text, key), f"{before * 1e3:.3g}", f"{after * 1e3:.3g}", ratio)
-    return table
-
-
-def _table(title: str, columns: Iterable[str]) -> Table:
-    table = Table(
-        title=f"\n{title}",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for name in columns:
-        table.add_column(name, no_wrap=True)
     return table

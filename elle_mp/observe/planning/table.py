@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elle_mp.observe.planning.plan import RankPlan, StagePlan
-from elle_mp.observe.tables import _count, _table
+from elle_mp.observe.tables import _count, plain_table
 
 MEMORY = ("masters", "optimizer", "gradients", "gathered", "activations", "buffers", "working", "total")
 TRAFFIC = {
@@ -37,7 +37,7 @@ def stream_tables(stages: list[StagePlan], world_size: int) -> RenderableType:
 
 
 def _stages(stages: list[StagePlan]) -> Table:
-    table = _table("The stream on paper", ["stage"])
+    table = plain_table("The stream on paper", ["stage"])
     columns = ("params", "layers", "width", "ranks", "pp", "replicas", "shard", "cp", "tp", "micro", "FLOPs a step")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
@@ -83,7 +83,7 @@ def _traffic(title: str, rows: list[tuple[str, RankPlan]], pipeline: bool = Fals
 
 
 def _ranks_table(title: str, pipeline: bool) -> Table:
-    return _table(title, ["rank", "layers"] if pipeline else ["stage"])
+    return plain_table(title, ["rank", "layers"] if pipeline else ["stage"])
 
 
 def _first_cells(name: str, item: RankPlan, pipeline: bool) -> list[str | Text]:
